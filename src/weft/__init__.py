@@ -1,0 +1,58 @@
+"""weft: one artifact and one meaning for every update to a pretrained model.
+
+    import weft
+    base = weft.Base.open("path/to/model")
+    delta = weft.tune(base, "train.jsonl", method="lora", objective="classification")
+    delta.save("task.safetensors")
+    weft.fold(base, [delta], "merged/")
+
+Names are loaded at first use, so `import weft` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "Base": "base",
+    "Delta": "delta",
+    "Builder": "delta",
+    "attach": "attach",
+    "detach": "attach",
+    "fold": "fold",
+    "diff": "diff",
+    "sites": "sites",
+    "tune": "tuning",
+    "merge": "merging",
+    "evaluate": "checking",
+    "generate": "checking",
+    "import_peft": "interchange",
+    "export": "interchange",
+}
+
+__all__ = ["Base", "Builder", "Delta", "attach", "detach", "diff", "evaluate", "export", "fold", "generate", "import_peft", "merge", "sites", "tune"]
+
+if TYPE_CHECKING:
+    from .attach import attach, detach
+    from .base import Base
+    from .checking import evaluate, generate
+    from .delta import Builder, Delta
+    from .diff import diff
+    from .fold import fold
+    from .interchange import export, import_peft
+    from .merging import merge
+    from .sites import sites
+    from .tuning import tune
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(import_module(f".{_WHERE[name]}", __name__), name)
+    raise AttributeError(f"module 'weft' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,174 @@
+"""The delta file: a safetensors file with one metadata key, `weft`. Specified in docs/format.md.
+
+`read` trusts nothing: the container, the manifest, every reference, every shape, every hash and the id are checked
+before a tensor is handed out. `write` streams tensors through one temporary file and is reproducible to the byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from . import canon
+from ._write import atomic_file
+from .delta import FORMAT, Delta, Entry, _hash
+from .errors import FormatError, InputError
+from .ops.spec import Json, _fields
+from .stored import ITEMSIZE, Stored, Tensor, read_container, strict_json
+
+KEY = "weft"
+_PENDING = "0" * 64
+_FIELDS = {"format", "base", "over", "parents", "recipe", "config", "tied", "entries", "tensors", "id", "notes", "notes_sha256"}
+
+
+def _order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Large items first, so that every tensor is aligned; then by name."""
+    return sorted(tensors, key=lambda key: (-ITEMSIZE[tensors[key].dtype], key))
+
+
+def container_header(layout: Mapping[str, Tensor], order: list[str], metadata: Mapping[str, str]) -> bytes:
+    """Length and JSON header of a safetensors file that holds `layout` in `order`, padded to 8 bytes."""
+    header: dict[str, Json] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for key in order:
+        tensor = layout[key]
+        header[key] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [position, position + tensor.nbytes]}
+        position += tensor.nbytes
+    text = canon.dumps(header)
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _manifest_text(manifest: dict[str, Json], id: str, notes: Mapping[str, Json]) -> str:
+    full = {**manifest, "id": id, "notes": dict(notes), "notes_sha256": _notes_hash(notes)}
+    return canon.dumps(full).decode()
+
+
+def _notes_hash(notes: Mapping[str, Json]) -> str:
+    return hashlib.sha256(canon.dumps(dict(notes))).hexdigest()
+
+
+def write(path: str | Path, delta: Delta) -> str:
+    """Write a delta atomically; return its id. Tensors are streamed and hashed on the way, never all in memory.
+
+    The same delta gives the same bytes, whatever the number of threads or the order in which it was built.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise InputError(f"{path}: a delta is one .safetensors file", hint=f"name it {path.with_suffix('.safetensors')}")
+    delta.validate()
+    order = _order(delta.tensors)
+    try:
+        manifest = {**delta.manifest(hashes=False), "tensors": {}}
+        hashes = dict.fromkeys(order, _PENDING)
+
+        def head(id: str) -> bytes:
+            manifest["tensors"] = {k: {"dtype": t.dtype, "shape": list(t.shape), "sha256": hashes[k]} for k, t in delta.tensors.items()}
+            return container_header(delta.tensors, order, {KEY: _manifest_text(manifest, id, delta.notes)})
+
+        draft = head(_PENDING)
+    except ValueError as error:
+        raise InputError(f"{path}: the manifest cannot be written as JSON: {error}") from None
+    with atomic_file(path) as out:
+        out.write(draft)
+        for key in order:
+            digest, count = hashlib.sha256(), 0
+            for block in delta.tensors[key].blocks():
+                digest.update(block)
+                out.write(block)
+                count += len(block)
+            if count != delta.tensors[key].nbytes:
+                raise InputError(f"{path}: tensor {key!r} gave {count:,} bytes, its shape needs {delta.tensors[key].nbytes:,}")
+            hashes[key] = digest.hexdigest()
+        head(_PENDING)
+        id = hashlib.sha256(canon.dumps(manifest)).hexdigest()
+        out.seek(0)
+        out.write(head(id))
+    return id
+
+
+def read(path: str | Path, *, hashes: bool = True) -> Delta:
+    """Read a delta file and check all of it; FormatError names file, tensor, expected and got.
+
+    `hashes=False` skips the hashes of the tensors' data (not of the manifest): for a second look at a file that was
+    verified before.
+    """
+    path = Path(path)
+    tensors, metadata = read_container(path)
+    if set(metadata) != {KEY}:
+        raise FormatError(
+            f"{path}: not a weft delta (metadata keys {sorted(metadata) or 'none'}, expected only {KEY!r})",
+            hint="`weft import` reads PEFT adapters, `weft diff` makes a delta of a checkpoint",
+        )
+    text = metadata[KEY]
+    manifest = strict_json(text, f"{path}: manifest")
+    try:
+        delta, id = _parse(path, manifest, tensors)
+        canonical = canon.dumps(manifest).decode()
+    except FormatError as error:
+        message = error.message if error.message.startswith(str(path)) else f"{path}: {error.message}"
+        raise FormatError(message, hint=error.hint) from None
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: manifest: {error}") from None
+    if canonical != text:
+        raise FormatError(f"{path}: the manifest is not canonical JSON (RFC 8785)")
+    got = hashlib.sha256(canon.dumps({k: v for k, v in manifest.items() if k not in ("id", "notes", "notes_sha256")})).hexdigest()
+    if got != id:
+        raise FormatError(f"{path}: the manifest says id {id[:12]}, its content is {got[:12]} (it was changed after it was written)")
+    if hashes:
+        for key, tensor in tensors.items():
+            want = manifest["tensors"][key]["sha256"]
+            if tensor.sha256 != want:
+                raise FormatError(f"{path}: tensor {key!r} is damaged (expected sha256 {want[:12]}, got {tensor.sha256[:12]})", hint="copy the file again")
+    return delta
+
+
+def _parse(path: Path, manifest: Json, tensors: dict[str, Stored]) -> tuple[Delta, str]:
+    m = _fields(manifest, "manifest", _FIELDS, set())
+    if m["format"] != FORMAT or type(m["format"]) is not int:
+        raise FormatError(f"format {str(m['format'])[:20]} is not known to this version (it reads {FORMAT})", hint="pip install -U weft")
+    listed = m["tensors"]
+    if not isinstance(listed, dict) or set(listed) != set(tensors):
+        odd = sorted(set(listed) ^ set(tensors))[0] if isinstance(listed, dict) else "tensors"
+        raise FormatError(f"the manifest and the file disagree about tensor {odd!r}")
+    known: dict[str, Tensor] = {}
+    for key, info in listed.items():
+        _fields(info, f"tensor {key!r}", {"dtype", "shape", "sha256"}, set())
+        if info["dtype"] != tensors[key].dtype or info["shape"] != list(tensors[key].shape):
+            raise FormatError(f"tensor {key!r}: the manifest says {info['dtype']} {info['shape']}, the file {tensors[key].dtype} {list(tensors[key].shape)}")
+        _hash(info["sha256"], f"tensor {key!r}")
+        known[key] = tensors[key]
+    base = _fields(m["base"], "base", {"fingerprint"}, {"quantisation"})
+    for name in ("recipe", "config", "notes", "entries"):
+        if not isinstance(m[name], dict):
+            raise FormatError(f"{name} must be an object")
+    delta = Delta(
+        None if base["fingerprint"] is None else _hash(base["fingerprint"], "base"),
+        {target: Entry.parse(entry, target) for target, entry in m["entries"].items()},
+        known,
+        _ids(m["over"], "over"),
+        _ids(m["parents"], "parents"),
+        m["recipe"],
+        m["config"],
+        _groups(m["tied"]),
+        base.get("quantisation"),
+        m["notes"],
+        path,
+    )
+    delta.validate()
+    if _notes_hash(m["notes"]) != _hash(m["notes_sha256"], "notes_sha256"):
+        raise FormatError("the notes were changed after they were written")
+    return delta, _hash(m["id"], "id")
+
+
+def _ids(value: Json, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise FormatError(f"{where} must be a list of ids")
+    return tuple(_hash(v, where) for v in value)
+
+
+def _groups(value: Json) -> tuple[tuple[str, ...], ...]:
+    if not isinstance(value, list) or not all(isinstance(g, list) and all(isinstance(n, str) for n in g) for g in value):
+        raise FormatError("tied must be a list of lists of names")
+    return tuple(tuple(g) for g in value)

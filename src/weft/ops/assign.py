@@ -1,0 +1,54 @@
+"""assign: entries (or the whole tensor) take new values, with the bytes that are stored.
+
+The one op that works on every dtype and without arithmetic: a replay is exact to the bit. With `index` (sorted, unique
+flat positions) only those entries change; without, `values` is the whole tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .. import xp
+from .op import Array, Config, Generator, Info, Op, Shape, Tensors, expect
+
+
+class Assign(Op):
+    """New values, at flat positions `index` if it is there, else everywhere."""
+
+    kind = "assign"
+    fields = ("values",)
+    optional = ("index",)
+    by_rows = True
+    row_fields = frozenset({"values"})
+    raw = True
+
+    def check(self, shape: Shape, cfg: Config, t: Mapping[str, Info]) -> None:
+        want = tuple(shape) if "index" not in t else expect(t, "index", [None], "index")
+        if t["values"].shape != want:
+            raise ValueError(f"field values: expected shape {list(want)}, got {list(t['values'].shape)}")
+
+    def init(self, shape: Shape, gen: Generator) -> dict[str, Any]:
+        import numpy as np
+
+        return {"index": np.zeros(0, np.int64), "values": np.zeros(0, np.float32)}
+
+    def apply(self, w: Array, t: Tensors, cfg: Config) -> Array:
+        values = xp.narrow(t["values"], w)
+        return xp.put(w, t["index"], values) if "index" in t else values.reshape(w.shape)
+
+    def rows(self, t: Mapping[str, Any], cfg: Config, shape: Shape, lo: int, hi: int) -> tuple[dict[str, Array], Config]:
+        return (entries_in_rows(t, shape, lo, hi), cfg) if "index" in t else super().rows(t, cfg, shape, lo, hi)
+
+
+def entries_in_rows(t: Mapping[str, Any], shape: Shape, lo: int, hi: int) -> dict[str, Array]:
+    """The `index` and `values` that fall into rows lo..hi, positions counted from row lo."""
+    import numpy as np
+
+    step = int(np.prod(shape[1:], dtype=np.int64))
+    index = t["index"].read().astype(np.int64)
+    first, last = np.searchsorted(index, (lo * step, hi * step))
+    return {"index": index[first:last] - lo * step, "values": t["values"].rows(int(first), int(last))}
+
+
+OP = Assign()

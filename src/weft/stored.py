@@ -1,0 +1,286 @@
+"""Tensors where they lie: the safetensors container, read strictly and in part.
+
+`read_container` validates a whole header before a byte of data is used; `Stored` is one tensor inside such a file,
+`Held` one in memory. Both give their data whole (`read`), by rows (`rows`) or as raw bytes in blocks (`blocks`), so
+that whoever works with them never has to know which one it has. Nothing here imports numpy until data is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import FormatError, InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+BLOCK = 1 << 20
+"""Bytes in one block of raw data."""
+
+HEADER_LIMIT = 100_000_000
+"""The largest safetensors header that is read (the format's own limit)."""
+
+ITEMSIZE = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
+"""Bytes of one entry for each dtype code of the safetensors format that weft knows."""
+
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+"""Dtypes that ops may compute on; every other one takes only `assign`."""
+
+_NUMPY = {
+    "F64": "float64", "I64": "int64", "U64": "uint64", "F32": "float32", "I32": "int32", "U32": "uint32",
+    "F16": "float16", "I16": "int16", "U16": "uint16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+_ML = {"BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+
+
+def numpy_dtype(code: str) -> np.dtype[Any]:
+    """The numpy dtype of a safetensors dtype code (bfloat16 and float8 through ml-dtypes)."""
+    import numpy as np
+
+    if code in _ML:
+        import ml_dtypes
+
+        return np.dtype(getattr(ml_dtypes, _ML[code]))
+    return np.dtype(_NUMPY[code])
+
+
+def dtype_code(dtype: Any) -> str:
+    """The safetensors code of a numpy or torch dtype."""
+    name = str(dtype).removeprefix("torch.")
+    for table in (_NUMPY, _ML):
+        for code, known in table.items():
+            if known == name:
+                return code
+    raise InputError(f"tensors of dtype {name} cannot be stored", hint=f"use one of {', '.join(ITEMSIZE)}")
+
+
+class Tensor:
+    """One tensor, wherever its data is. `dtype` is a safetensors code, `shape` a tuple."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * ITEMSIZE[self.dtype]
+
+    def blocks(self, size: int = BLOCK) -> Iterator[bytes | memoryview]:
+        """The raw little-endian bytes, in order, in blocks of at most `size` bytes."""
+        raise NotImplementedError
+
+    def rows(self, lo: int, hi: int) -> np.ndarray[Any, Any]:
+        """Rows lo..hi of the first axis, as a fresh array of the stored dtype."""
+        raise NotImplementedError
+
+    def read(self) -> np.ndarray[Any, Any]:
+        """All data, as an array of the stored dtype. Treat it as read-only."""
+        raise NotImplementedError
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hex sha256 of the raw bytes."""
+        digest = hashlib.sha256()
+        for block in self.blocks():
+            digest.update(block)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Stored(Tensor):
+    """A tensor in a file: `nbytes` bytes from `offset`."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    def _pread(self, count: int, position: int) -> bytes:
+        with open(self.path, "rb", buffering=0) as handle:
+            data = os.pread(handle.fileno(), count, position)
+        if len(data) != count:
+            raise FormatError(f"{self.path}: it is shorter than its header says (it ended at byte {position + len(data)})")
+        return data
+
+    def blocks(self, size: int = BLOCK) -> Iterator[bytes | memoryview]:
+        end = self.offset + self.nbytes
+        with open(self.path, "rb", buffering=0) as handle:
+            for position in range(self.offset, end, size):
+                count = min(size, end - position)
+                data = os.pread(handle.fileno(), count, position)
+                if len(data) != count:
+                    raise FormatError(f"{self.path}: it is shorter than its header says (it ended at byte {position + len(data)})")
+                yield data
+
+    def rows(self, lo: int, hi: int) -> np.ndarray[Any, Any]:
+        import numpy as np
+
+        step = prod(self.shape[1:]) * ITEMSIZE[self.dtype]
+        data = self._pread((hi - lo) * step, self.offset + lo * step)
+        return np.frombuffer(data, numpy_dtype(self.dtype)).reshape(hi - lo, *self.shape[1:])
+
+    def read(self) -> np.ndarray[Any, Any]:
+        import numpy as np
+
+        return np.frombuffer(self._pread(self.nbytes, self.offset), numpy_dtype(self.dtype)).reshape(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Held(Tensor):
+    """A tensor in memory."""
+
+    array: np.ndarray[Any, Any]
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        return dtype_code(self.array.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.array.shape
+
+    def blocks(self, size: int = BLOCK) -> Iterator[bytes | memoryview]:
+        import numpy as np
+
+        flat = np.ascontiguousarray(self.array).reshape(-1).view(np.uint8)
+        for start in range(0, flat.size, size):
+            yield flat[start : start + size].data
+
+    def rows(self, lo: int, hi: int) -> np.ndarray[Any, Any]:
+        return self.array[lo:hi]
+
+    def read(self) -> np.ndarray[Any, Any]:
+        return self.array
+
+
+@dataclass(frozen=True, eq=False)
+class Computed(Tensor):
+    """A tensor whose data is made on demand, block by block: results too large to hold, on their way into a file.
+
+    `make()` starts a fresh iteration over the raw bytes, in order; the data is made again at every reading.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    make: Callable[[], Iterator[bytes | memoryview]]
+
+    def blocks(self, size: int = BLOCK) -> Iterator[bytes | memoryview]:
+        return self.make()
+
+    def read(self) -> np.ndarray[Any, Any]:
+        import numpy as np
+
+        return np.frombuffer(b"".join(self.make()), numpy_dtype(self.dtype)).reshape(self.shape)
+
+    def rows(self, lo: int, hi: int) -> np.ndarray[Any, Any]:
+        return self.read()[lo:hi]
+
+
+def hold(value: Any) -> Tensor:
+    """A numpy array, torch tensor or Tensor as a Tensor in memory (torch data is copied to the CPU)."""
+    if isinstance(value, Tensor):
+        return value
+    if type(value).__module__.split(".")[0] == "torch" or hasattr(value, "detach"):
+        from .xp import to_numpy
+
+        value = to_numpy(value)
+    import numpy as np
+
+    return Held(np.asarray(value))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in out:
+            raise FormatError(f"the key {key!r} stands twice in one JSON object")
+        out[key] = value
+    return out
+
+
+def _no_constant(name: str) -> Any:
+    raise FormatError(f"{name} is not JSON")
+
+
+def strict_json(text: str | bytes, where: str) -> Any:
+    """Parse JSON; duplicate keys, NaN, Infinity, deep nesting and bad UTF-8 are FormatErrors that name `where`."""
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except FormatError as error:
+        raise FormatError(f"{where}: {error.message}") from None
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where}: not valid JSON ({error})") from None
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def read_container(path: str | Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """Validate the header of a safetensors file; return its tensors and its metadata.
+
+    Refused, with the file and the tensor named: a header that is too large, truncated or not JSON, duplicate keys,
+    unknown dtypes, negative or overflowing shapes, sizes that do not fit the shape, and data that overlaps, leaves
+    a hole, or does not end where the file ends.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with open(path, "rb", buffering=0) as handle:
+            head = handle.read(8)
+            if len(head) < 8:
+                raise FormatError(f"{path}: {size} bytes is too short for a safetensors file")
+            length = int.from_bytes(head, "little")
+            if length > HEADER_LIMIT or length > size - 8:
+                raise FormatError(f"{path}: the header claims {length:,} bytes, but the file has {size:,} (it is truncated or not a safetensors file)")
+            text = os.pread(handle.fileno(), length, 8)
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder; expected a .safetensors file") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    header = strict_json(text, str(path))
+    if not isinstance(header, dict):
+        raise FormatError(f"{path}: the header is not a JSON object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise FormatError(f"{path}: __metadata__ must map strings to strings")
+    tensors: dict[str, Stored] = {}
+    spans = []
+    for name, info in header.items():
+        where = f"{path}: tensor {name!r}"
+        if not isinstance(info, dict) or set(info) != {"dtype", "shape", "data_offsets"}:
+            raise FormatError(f"{where}: expected dtype, shape and data_offsets")
+        dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in ITEMSIZE:
+            raise FormatError(f"{where}: unknown dtype {dtype!r}")
+        if not isinstance(shape, list) or len(shape) > 64 or not all(map(_is_count, shape)):
+            raise FormatError(f"{where}: the shape must be a list of sizes, got {str(shape)[:80]}")
+        if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+            raise FormatError(f"{where}: data_offsets must be two byte positions, got {str(offsets)[:80]}")
+        begin, end = offsets
+        need = prod(shape) * ITEMSIZE[dtype]
+        if end - begin != need:
+            raise FormatError(f"{where}: {dtype} of shape {shape} needs {need:,} bytes, data_offsets give {end - begin:,}")
+        spans.append((begin, end, name))
+        tensors[name] = Stored(path, dtype, tuple(shape), 8 + length + begin)
+    position = 0
+    for begin, end, name in sorted(spans):
+        if begin != position:
+            what = "overlaps another tensor" if begin < position else "leaves a hole before it"
+            raise FormatError(f"{path}: tensor {name!r} {what} (starts at {begin}, expected {position})")
+        position = end
+    if 8 + length + position != size:
+        raise FormatError(f"{path}: the tensors end at byte {8 + length + position:,}, the file has {size:,}")
+    return tensors, metadata
