@@ -215,6 +215,14 @@ def test_types_in_other_spellings_have_the_same_text() -> None:
     ]
 
 
+@pytest.mark.parametrize("kind", [type[int], Annotated[int, Meta(examples=[1]), "a note"] | list[type[str]]])
+def test_a_type_that_no_text_can_give(kind: Any) -> None:
+    config = msgspec.defstruct("Odd", [("field", kind)], frozen=True)
+    with pytest.raises(UsageError) as caught:
+        options(config)
+    assert str(caught.value) == f"Odd.field: options cannot have the type {msgspec.structs.fields(config)[0].type!r}"
+
+
 def test_schema() -> None:
     definition = schema(Sample)["$defs"]["Sample"]
     assert definition["additionalProperties"] is False

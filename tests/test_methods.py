@@ -194,6 +194,33 @@ def test_catalogue_imports_what_is_computed(weave: Path) -> None:
     assert "weft.weaving.plain_sum" not in sys.modules
 
 
+SEVERAL = [
+    ("from ._shared import Common as Base\n", "from . import _shared\n", "Config(Base,", "Config(_shared.Common,"),
+    ("class PlainSumConfig(", "class _Inner(", "@method(", "PlainSumConfig = _Inner\n\n@method("),
+    ("from ._shared import Common as Base\n", "from elsewhere import Common as Base\n"),
+    ("config=PlainSumConfig", "config=(PlainSumConfig)[0]", "@method(", "PlainSumConfig = (PlainSumConfig,)\n\n@method("),
+    ("import method\n", "import method as weft_method\n", "@method(", "@weft_method("),
+]
+
+
+@pytest.mark.parametrize("changes", SEVERAL)
+def test_catalogue_imports_what_it_cannot_read(weave: Path, monkeypatch: pytest.MonkeyPatch, changes: tuple[str, ...]) -> None:
+    outside = weave.parent / "outside"
+    outside.mkdir()
+    (outside / "elsewhere.py").write_text(SHARED)
+    monkeypatch.syspath_prepend(str(outside))
+    text = PLAIN_SUM
+    for old, new in zip(changes[::2], changes[1::2], strict=True):
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    read = next(record for record in catalogue("weave") if record["name"] == "plain-sum")
+    assert "weft.weaving.plain_sum" not in sys.modules
+    (weave / "plain_sum.py").write_text(text)
+    listed = [record for record in catalogue("weave") if record["name"] == "plain-sum"]
+    assert "weft.weaving.plain_sum" in sys.modules
+    assert listed == [read]
+
+
 def test_catalogue_of_a_verb(weave: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(KINDS, "pattern", Kind("weave", "--pattern", "patterns"))
     (weave.parent / "patterns").mkdir()
@@ -291,6 +318,15 @@ def test_entry_points_without_a_kind_are_named_in_a_warning(plugin: Any, point: 
     plugin("fourth-weaver", {point: "fourth_weaver:anything"}, {"fourth_weaver": OTHER})
     with pytest.warns(UserWarning, match=f"the package fourth-weaver registers '{point}' in weft.methods: expected kind:name"):
         assert names("weave") == ["computed", "plain-sum"]
+
+
+def test_the_page_of_a_method_without_options(weave: Path) -> None:
+    text = HEAD + "class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):\n    pass\n"
+    text += '@method("weave", config=Config)\nclass Bare:\n    """Bare."""\n\n@staticmethod\ndef helper(): ...\n'
+    (weave / "plain_sum.py").unlink()
+    (weave / "computed.py").unlink()
+    (weave / "bare.py").write_text(text)
+    assert render_catalogue().endswith("### weave: bare\n\nBare.\n\nNo options.\n")
 
 
 def test_the_page(weave: Path) -> None:

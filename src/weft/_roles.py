@@ -71,7 +71,7 @@ BY_TYPE: dict[str, dict[str, str]] = {
         "norm.cross_attention": "decoder.block.*.layer.1.layer_norm",
         "norm.mlp": "encoder.block.*.layer.1.layer_norm layer.2.layer_norm",
     },
-    "whisper": {"embedding.patch": "conv1 conv2", "head.projection": "projector"},
+    "whisper": {"embedding.patch": "conv1 conv2", "norm.final": "layer_norm", "head.projection": "projector"},
 }
 """Rows that hold for some model types only, and come before the common ones. A key lists the types."""
 

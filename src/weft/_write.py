@@ -12,7 +12,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -81,10 +81,8 @@ def _prepare(path: Path) -> Path:
 
 def _explain(path: Path, error: OSError) -> WeftError:
     free = ""
-    try:
+    with suppress(OSError):
         free = f" ({shutil.disk_usage(path.parent).free:,} bytes are free)"
-    except OSError:
-        pass
     return WeftError(f"cannot write {path}: {error.strerror or error}{free}; nothing was changed")
 
 

@@ -171,7 +171,10 @@ def _described(config_type: type[msgspec.Struct]) -> tuple[tuple[Option, Any], .
 
     found = []
     for each in msgspec.structs.fields(config_type):
-        text, description, bounds = read_annotation(ast.parse(_source(each.type), mode="eval").body)
+        try:
+            text, description, bounds = read_annotation(ast.parse(_source(each.type), mode="eval").body)
+        except (ValueError, SyntaxError) as error:
+            raise UsageError(f"{config_type.__qualname__}.{each.name}: options cannot have the type {each.type!r}") from error
         default = None
         if each.default is not msgspec.NODEFAULT:
             default = each.default

@@ -234,7 +234,7 @@ class _Conversions:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter
 
-        transforms = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+        transforms = get_model_conversion_mapping(model)
         self.converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self.renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
         self.by_pattern = {pattern: converter for converter in self.converters for pattern in converter.source_patterns}
@@ -311,7 +311,9 @@ class NameMap:
             found = [(live, piece) for live, value in ends.items() for piece in value.pieces]
             for live, value in ends.items():
                 if tuple(value.shape) != self._shapes.get(live):
-                    raise _Untraceable(f"the result {live} of shape {list(value.shape)} does not fit the model ({self._shapes.get(live, 'it has no such tensor')})")
+                    raise _Untraceable(
+                        f"the result {live} of shape {list(value.shape)} does not fit the model ({self._shapes.get(live, 'it has no such tensor')})"
+                    )
             for live, piece in found:
                 self._views(live, piece)
         except Exception as error:  # whatever a conversion raises, its tensors have no place, and the rest of the map stands

@@ -98,7 +98,7 @@ def sites(model: nn.Module, select: str | Sequence[str] = "all-linear", exclude:
     """
     model_name = type(model).__name__
     wanted, unwanted = _tokens(select, "select"), _tokens(exclude, "exclude")
-    unknown = sorted(set(kinds) - set(KINDS))
+    unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
         raise UsageError(f"unknown kinds of site: {', '.join(unknown)}", hint=f"use some of {', '.join(KINDS)}")
     found = all_sites(model)
@@ -142,19 +142,20 @@ class _Reader:
         module = self.modules[path]
         shape = tuple(getattr(module, param).shape)
         parts = path.split(".") if path else []
-        layer = self._layer(parts)
         kind = _module_kind(module, param, len(shape))
+        layer = self._layer(parts, kind)
         role = _role([*parts, *_own_part(param)], self.types[path], kind, layer) or kind
         if "bias" in param.split("_"):
             kind = "bias"
         stack = next((STACKS[p] for p in parts if p in STACKS), "")
         return Site(name=name, module=path, param=param, role=role, layer=layer, shape=shape, kind=kind, stack=stack)
 
-    def _layer(self, parts: list[str]) -> int | None:
-        # A layer is a block with parts of its own: an entry of a list that is itself the site's module is not.
-        for i in range(len(parts) - 2):
-            if parts[i] in LAYER_LISTS and parts[i + 1].isdecimal() and isinstance(self.modules[".".join(parts[: i + 1])], (nn.ModuleList, nn.Sequential)):
-                return int(parts[i + 1])
+    def _layer(self, parts: list[str], kind: str) -> int | None:
+        # A layer is a block: in a list of single modules (`layers.0` is a Linear) nothing is numbered.
+        blocks = len(parts) if kind == "parameter" else len(parts) - 1
+        for i in range(1, blocks):
+            if parts[i].isdecimal() and parts[i - 1] in LAYER_LISTS and isinstance(self.modules[".".join(parts[:i])], (nn.ModuleList, nn.Sequential)):
+                return int(parts[i])
         return None
 
 
@@ -314,6 +315,8 @@ def _paths(site: Site) -> Iterator[str]:
 def _missing(model: nn.Module, token: str, pool: list[Site]) -> str:
     """Why a token points at nothing: a role whose tensor is listed under another, or a word close to one that exists."""
     word = token.partition("@")[0]
+    if word in ("", "all", "all-linear"):
+        return "there is none"
     reader = _Reader(model)
     for site in pool:
         for name in site.tied:

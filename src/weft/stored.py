@@ -51,7 +51,8 @@ def numpy_dtype(code: str) -> np.dtype[Any]:
     if code in _ML:
         import ml_dtypes
 
-        return np.dtype(getattr(ml_dtypes, _ML[code]))
+        odd: np.dtype[Any] = np.dtype(getattr(ml_dtypes, _ML[code]))
+        return odd
     return np.dtype(_NUMPY[code])
 
 
@@ -147,7 +148,7 @@ class Held(Tensor):
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        return self.array.shape
+        return tuple(self.array.shape)
 
     def blocks(self, size: int = BLOCK) -> Iterator[bytes | memoryview]:
         import numpy as np
