@@ -199,7 +199,7 @@ def test_options() -> None:
 def test_types_in_other_spellings_have_the_same_text() -> None:
     class Old(msgspec.Struct, frozen=True):
         a: Optional[Annotated[int, Meta(ge=1)]] = None  # noqa: UP045
-        b: Union[None, int, list[str]] = None  # noqa: UP007
+        b: Union[None, int, list[str]] = None  # noqa: RUF036, UP007
         c: Annotated[Literal["x", 2] | None, Meta(description="said")] = None
         d: tuple[str, ...] = ()
         e: Any = None

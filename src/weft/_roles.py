@@ -16,7 +16,7 @@ COMMON: dict[str, str] = {
     "attention.query": "q_proj q_attn q_lin query query_proj",
     "attention.key": "k_proj k_lin key key_proj",
     "attention.value": "v_proj v_lin value value_proj",
-    "attention.qkv": "attn.c_attn self_attn.in_proj self_attn.qkv_proj attn.qkv attn.Wqkv query_key_value",
+    "attention.qkv": "attn.c_attn self_attn.in_proj multihead_attn.in_proj self_attn.qkv_proj attn.qkv attn.Wqkv query_key_value",
     "attention.key_value": "crossattention.c_attn",
     "attention.output": "o_proj self_attn.out_proj encoder_attn.out_proj multihead_attn.out_proj attn.out_proj attn.c_proj crossattention.c_proj attn.proj "
     "attention.dense self_attention.dense self_attn.dense attention.output.dense crossattention.output.dense attention.out_lin",
@@ -34,11 +34,11 @@ COMMON: dict[str, str] = {
     "embedding.type": "token_type_embeddings",
     "embedding.patch": "patch_embeddings.projection patch_embedding patch_embed.proj",
     "embedding.special": "cls_token mask_token distillation_token class_embedding",
-    "norm.attention": "input_layernorm ln_1 layer_norm1 layers.*.norm1 self_attn_layer_norm layernorm_before attention.output.LayerNorm sa_layer_norm",
+    "norm.attention": "input_layernorm ln_1 layer_norm1 self_attn_layer_norm layernorm_before attention.output.LayerNorm sa_layer_norm",
     "norm.query": "q_norm",
     "norm.key": "k_norm",
     "norm.cross_attention": "encoder_attn_layer_norm ln_cross_attn crossattention.output.LayerNorm",
-    "norm.mlp": "post_attention_layernorm pre_feedforward_layernorm ln_2 layer_norm2 layers.*.norm2 layers.*.final_layer_norm layernorm_after output.LayerNorm "
+    "norm.mlp": "post_attention_layernorm pre_feedforward_layernorm ln_2 layer_norm2 layers.*.final_layer_norm layernorm_after output.LayerNorm "
     "output_layer_norm",
     "norm.mlp.post": "post_feedforward_layernorm",
     "norm.embedding": "embeddings.LayerNorm layernorm_embedding word_embeddings_layernorm pre_layrnorm patch_embed.norm",
