@@ -33,6 +33,13 @@ class Assign(Op):
 
         return {"index": np.zeros(0, np.int64), "values": np.zeros(0, np.float32)}
 
+    def example(self, shape: Shape, gen: Generator) -> dict[str, Any]:
+        import numpy as np
+
+        size = int(np.prod(shape, dtype=np.int64))
+        count = max(1, size // 3)
+        return {"index": np.sort(gen.permutation(size)[:count]), "values": gen.normal((count,))}
+
     def apply(self, w: Array, t: Tensors, cfg: Config) -> Array:
         values = xp.narrow(t["values"], w)
         return xp.put(w, t["index"], values) if "index" in t else values.reshape(w.shape)

@@ -133,6 +133,10 @@ class Op:
         """Tensors and config that make `apply` right for rows lo..hi alone. `t` holds `weft.stored.Tensor`s."""
         return {f: v.rows(lo, hi) if f in self.row_fields else v.read() for f, v in t.items()}, cfg
 
+    def example(self, shape: Shape, gen: Generator) -> dict[str, np.ndarray[Any, Any]]:
+        """Tensors that change w: `init` with every number drawn at random. Tests and documentation use it."""
+        return {f: gen.normal(v.shape, 0.5) if v.dtype.kind == "f" else v for f, v in self.init(shape, gen).items()}
+
     # --- shared by all ops
 
     def config(self, cfg: Config) -> dict[str, Any]:

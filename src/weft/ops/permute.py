@@ -29,6 +29,9 @@ class Permute(Op):
 
         return {"perm": np.arange(shape[axis], dtype=np.int64)}
 
+    def example(self, shape: Shape, gen: Generator) -> dict[str, Any]:
+        return {"perm": gen.permutation(shape[0])}
+
     def streams(self, shape: Shape, cfg: Config) -> bool:
         return bool(cfg["axis"] % len(shape) != 0)
 

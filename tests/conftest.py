@@ -1,0 +1,69 @@
+"""What every test may use: a base in memory, tiny checkpoints on disk, and no network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from weft.stored import Held, Tensor
+
+
+class MemoryBase:
+    """A base that is a dict of arrays: all that `Builder` and `Delta.require_base` ask for."""
+
+    def __init__(self, arrays: Mapping[str, Any], fingerprint: str | None = "ab" * 32) -> None:
+        self.arrays = dict(arrays)
+        self.fingerprint = fingerprint
+
+    def tensor(self, name: str) -> Tensor:
+        return Held(self.arrays[name])
+
+    def sha256(self, name: str) -> str:
+        return self.tensor(name).sha256
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20261121)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fingerprint caches of tests stay out of the user's."""
+    monkeypatch.setenv("WEFT_CACHE", str(tmp_path_factory.getbasetemp() / "weft-cache"))
+
+
+def bits(x: Any) -> bytes:
+    """The raw bytes of an array or tensor: equality of these is equality to the bit."""
+    from weft import xp
+
+    return np.ascontiguousarray(xp.to_numpy(x)).tobytes()
+
+
+@pytest.fixture
+def small_delta(tmp_path: Path) -> Path:
+    """A valid delta file of a few kilobytes, with sharing, a sum, a view, an added tensor and notes."""
+    from weft.delta import Builder
+    from weft.ops import At, Generator
+
+    gen = Generator(5)
+    base = MemoryBase({"a.weight": gen.normal((12, 8)), "b.weight": gen.normal((6, 8)), "b.bias": gen.normal((6,))})
+    build = Builder(base)
+    shared = build.share("A", gen.normal((2, 8)))
+    build.put("a.weight", "lowrank", {"A": shared, "B": gen.normal((4, 2))}, at=At(index=((2, 6),)), scale=0.5)
+    build.put("b.weight", "lowrank", {"A": shared, "B": gen.normal((6, 2))})
+    build.put("b.weight", "magnitude", {"m": gen.normal((6,))})
+    build.put("b.bias", "sparse", {"index": np.array([1, 4]), "values": gen.normal((2,))})
+    build.add("head.weight", gen.normal((3, 8)))
+    delta = build.done(recipe={"verb": "test", "seed": 3}, config={"id2label": {"0": "no", "1": "yes"}}, notes={"made": "today"})
+    (2.0 * delta).save(path := tmp_path / "small.safetensors")
+    return path
