@@ -271,6 +271,30 @@ class Delta:
             except ValueError as error:
                 raise FormatError(f"{where}: {error}") from None
 
+    def validate_values(self) -> None:
+        """Check the numbers that index others (sparse positions, permutations); reads only those tensors."""
+        for target, entry in self.entries.items():
+            for number, op in enumerate(entry.ops):
+                try:
+                    self._values(entry.shape, op)
+                except ValueError as error:
+                    raise FormatError(f"{target}: op {number} ({op.op}): {error}") from None
+
+    def _values(self, shape: tuple[int, ...], op: OpEntry) -> None:
+        view = op.at.shape(shape) if op.at is not None else shape
+        for term in op.terms:
+            for inner in term.ops:
+                self._values(view, inner)
+        for ref in op.t.values():
+            if ref.take is not None:
+                size, positions = self.tensors[ref.key].shape[0], self.get(ref.take)
+                if positions.size and not (positions.min() >= 0 and positions.max() < size):
+                    raise ValueError(f"{ref.take}: positions must be within 0..{size - 1}")
+        index = {f: self.get(r.key) for f, r in op.t.items() if r.take is None and self.tensors[r.key].dtype in ("I64", "I32")}
+        if index and op.op != chain.SUM:
+            found = op_named(op.op)
+            found.check_values(view, found.config(op.cfg), index)
+
     def require_base(self, base: BaseLike, *, on: Iterable[str] = ()) -> None:
         """Refuse a wrong base, or a missing delta that this one was made over. `on`: ids of deltas applied before."""
         who = f"{self.path or 'this delta'} ({self.id[:12]})"

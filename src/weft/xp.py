@@ -108,7 +108,8 @@ def cast(x: Array, name: str) -> Array:
     if dtype(x) == "bfloat16" and name in ("float32", "float64"):
         wide = (x.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
         return wide if name == "float32" else wide.astype(np.float64)
-    return x.astype(name)
+    with np.errstate(invalid="ignore", over="ignore"):  # NaNs stay NaN and large values become inf: what rounding means
+        return x.astype(name)
 
 
 def _to_bf16(x: Array) -> Array:

@@ -173,7 +173,7 @@ def test_missing_extra_unknown_and_misshapen_fields_are_refused(kind: str) -> No
 def test_wrong_base_is_refused(kind: str) -> None:
     delta, w = made(kind, (24, 16))
     delta.require_base(MemoryBase({"w": w}))
-    with pytest.raises(MismatchError, match="abababababab.*cdcdcdcdcdcd"):
+    with pytest.raises(MismatchError, match=r"abababababab.*cdcdcdcdcdcd"):
         delta.require_base(MemoryBase({"w": w}, fingerprint="cd" * 32))
     with pytest.raises(MismatchError, match="'w' is not the one it was made for"):
         delta.require_base(MemoryBase({"w": w + 1}, fingerprint=None))

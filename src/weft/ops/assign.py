@@ -7,10 +7,11 @@ flat positions) only those entries change; without, `values` is the whole tensor
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 from .. import xp
-from .op import Array, Config, Generator, Info, Op, Shape, Tensors, expect
+from .op import Array, Config, Generator, Info, Op, Shape, Tensors, check_positions, expect
 
 
 class Assign(Op):
@@ -39,6 +40,10 @@ class Assign(Op):
         size = int(np.prod(shape, dtype=np.int64))
         count = max(1, size // 3)
         return {"index": np.sort(gen.permutation(size)[:count]), "values": gen.normal((count,))}
+
+    def check_values(self, shape: Shape, cfg: Config, t: Tensors) -> None:
+        if "index" in t:
+            check_positions(t["index"], prod(shape))
 
     def apply(self, w: Array, t: Tensors, cfg: Config) -> Array:
         values = xp.narrow(t["values"], w)

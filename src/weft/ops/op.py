@@ -137,6 +137,9 @@ class Op:
         """Tensors that change w: `init` with every number drawn at random. Tests and documentation use it."""
         return {f: gen.normal(v.shape, 0.5) if v.dtype.kind == "f" else v for f, v in self.init(shape, gen).items()}
 
+    def check_values(self, shape: Shape, cfg: Config, t: Tensors) -> None:
+        """Raise ValueError for numbers that no writer makes (positions outside the target, ...). `t` holds only index fields."""
+
     # --- shared by all ops
 
     def config(self, cfg: Config) -> dict[str, Any]:
@@ -160,6 +163,12 @@ class Op:
         if missing or extra:
             raise ValueError(f"fields {sorted(missing)} are missing" if missing else f"fields {sorted(extra)} are unknown")
         self.check(shape, full, t)
+
+
+def check_positions(index: Array, size: int) -> None:
+    """ValueError unless the flat positions are sorted, unique and inside a target of `size` entries."""
+    if index.size and (index.min() < 0 or index.max() >= size or not (index[1:] > index[:-1]).all()):
+        raise ValueError(f"field index: positions must be sorted, unique and within 0..{size - 1}")
 
 
 def expect(t: Mapping[str, Info], field: str, shape: Sequence[int | None], kind: str = "float") -> Shape:

@@ -35,6 +35,13 @@ class Permute(Op):
     def streams(self, shape: Shape, cfg: Config) -> bool:
         return bool(cfg["axis"] % len(shape) != 0)
 
+    def check_values(self, shape: Shape, cfg: Config, t: Tensors) -> None:
+        import numpy as np
+
+        size = shape[cfg["axis"]]
+        if not np.array_equal(np.sort(t["perm"]), np.arange(size)):
+            raise ValueError(f"field perm: not a permutation of 0..{size - 1}")
+
     def apply(self, w: Array, t: Tensors, cfg: Config) -> Array:
         return xp.take(w, t["perm"], cfg["axis"] % len(w.shape))
 

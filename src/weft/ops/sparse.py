@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 from .. import xp
 from .assign import entries_in_rows
-from .op import Array, Config, Generator, Info, Op, Shape, Tensors, expect
+from .op import Array, Config, Generator, Info, Op, Shape, Tensors, check_positions, expect
 
 
 class Sparse(Op):
@@ -28,6 +29,9 @@ class Sparse(Op):
         size = int(np.prod(shape, dtype=np.int64))
         count = min(size, max(1, round(density * size)))
         return {"index": np.sort(gen.permutation(size)[:count]), "values": np.zeros(count, np.float32)}
+
+    def check_values(self, shape: Shape, cfg: Config, t: Tensors) -> None:
+        check_positions(t["index"], prod(shape))
 
     def apply(self, w: Array, t: Tensors, cfg: Config) -> Array:
         old = xp.take(w.reshape(-1), t["index"])
