@@ -14,7 +14,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -61,7 +60,7 @@ class Base:
 
     source:       what it was opened by
     path:         its folder, or its single .safetensors file; None for `Base.of`
-    files:        the safetensors files, in the index's order
+    files:        the safetensors files, shards in order
     tensors:      every tensor by name, read from the headers
     config:       config.json, {} if there is none
     metadata:     the metadata of the safetensors files, the first file's word first
@@ -162,6 +161,8 @@ class Base:
         for as long as its path, inode, size and time of change stay the same. A cache that is damaged or cannot be
         written is no error.
         """
+        from concurrent.futures import ThreadPoolExecutor, as_completed
+
         self._recall()
         todo = sorted((name for name in self.tensors if name not in self._sha256), key=lambda name: -self.tensors[name].nbytes)
         if not todo:
@@ -214,6 +215,8 @@ class Base:
         auto_class: a transformers class or its name; default: the first of the config's `architectures` that transformers
                     knows, else AutoModel
 
+        On the CPU and in the checkpoint's dtype the parameters are private maps of the files, as transformers makes them:
+        writing to them does not change the files, but nobody may write into the files in place while the model lives.
         Code from the checkpoint's folder never runs. MismatchError if the model needs a tensor that neither the base nor
         the deltas have, if a delta adds one that the model lacks, or if shapes differ.
         """
@@ -223,7 +226,8 @@ class Base:
         with _quiet(), _opened(self.files) as slices:
             import torch
 
-            kind, settings = _model_class(auto_class, config, self.source), _config_object(config, self.source)
+            settings = _config_object(config, self.source)
+            kind = _model_class(auto_class, config, settings)
             state, added = self._state(deltas, slices)
             wanted = dtype if dtype is not None else self._main_dtype()
             try:
@@ -431,7 +435,7 @@ def _find_weights(path: Path) -> tuple[tuple[Path, ...], dict[str, str] | None]:
         return (path / WEIGHTS,), None
     if (path / INDEX).is_file():
         index = _read_index(path / INDEX)
-        return tuple(path / name for name in dict.fromkeys(index.values())), index
+        return tuple(path / name for name in sorted(set(index.values()))), index
     here = sorted(entry.name for entry in path.iterdir() if entry.is_file())
     if "adapter_config.json" in here:
         raise InputError(f"{path} holds a PEFT adapter, not a model", hint=f"weft import {path} --base BASE -o delta.safetensors")
@@ -590,20 +594,30 @@ def _name(kind: Any) -> str:
     return str(getattr(kind, "__name__", kind))
 
 
-def _model_class(auto_class: str | type[Any] | None, config: Mapping[str, Any], source: str) -> Any:
-    """The transformers class that builds the model."""
+def _model_class(auto_class: str | type[Any] | None, config: Mapping[str, Any], settings: Any) -> Any:
+    """The transformers class that builds the model: what was asked for, else the architecture's, else AutoModel's."""
     import transformers
 
-    if auto_class is not None and not isinstance(auto_class, str):
-        return auto_class
-    asked = [auto_class] if auto_class else config.get("architectures") or []
-    for name in asked if isinstance(asked, list) else []:
+    def known(name: Any) -> Any:
         kind = getattr(transformers, name, None) if isinstance(name, str) and not name.startswith("_") else None
-        if isinstance(kind, type) and hasattr(kind, "from_pretrained"):
-            return kind
-    if auto_class:
+        return kind if isinstance(kind, type) and hasattr(kind, "from_pretrained") else None
+
+    listed = config.get("architectures")
+    architectures = [kind for kind in map(known, listed if isinstance(listed, list) else []) if kind]
+    if auto_class is None and architectures:
+        return architectures[0]
+    asked = transformers.AutoModel if auto_class is None else known(auto_class) if isinstance(auto_class, str) else auto_class
+    if asked is None:
         raise UsageError(f"transformers has no class {auto_class!r}", hint="AutoModelForSequenceClassification, for example")
-    return transformers.AutoModel
+    mapping = getattr(asked, "_model_mapping", None)
+    if mapping is None:
+        return asked
+    # An auto class wants a folder to look for code in; the class it would choose does not.
+    if type(settings) not in mapping:
+        raise UsageError(f"{_name(asked)} has no model for {settings.model_type!r}")
+    kinds = mapping[type(settings)]
+    choices = list(kinds) if isinstance(kinds, tuple | list) else [kinds]
+    return next((kind for kind in architectures if kind in choices), choices[0])
 
 
 def _config_object(config: Mapping[str, Any], source: str) -> Any:

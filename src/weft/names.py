@@ -52,19 +52,21 @@ class _Piece:
     """One block of a traced tensor and the block of the checkpoint tensor it came from.
 
     `box` is the range along each axis here; `axes` the source's axis that each axis follows, None for one of size 1
-    that a stack put in; `part` the range along each source axis; `stored` the source's shape where it was reshaped.
+    that a stack put in; `part` the range along each source axis; `size` the source's shape, `stored` what that was
+    before a reshape, None without one.
     """
 
     source: str
     box: tuple[Span, ...]
     axes: tuple[int | None, ...]
     part: tuple[Span, ...]
+    size: tuple[int, ...]
     stored: tuple[int, ...] | None = None
 
     @classmethod
     def whole(cls, source: str, shape: Sequence[int]) -> _Piece:
         full = tuple((0, size) for size in shape)
-        return cls(source, full, tuple(range(len(full))), full)
+        return cls(source, full, tuple(range(len(full))), full, tuple(shape))
 
     def permuted(self, order: Sequence[int]) -> _Piece:
         return replace(self, box=tuple(self.box[i] for i in order), axes=tuple(self.axes[i] for i in order))
@@ -90,7 +92,7 @@ class _Piece:
     def dropped(self, dim: int) -> _Piece:
         return replace(self, box=self.box[:dim] + self.box[dim + 1 :], axes=self.axes[:dim] + self.axes[dim + 1 :])
 
-    def views(self, live: Sequence[int], stored: Sequence[int]) -> tuple[At | None, At | None]:
+    def views(self, live: Sequence[int]) -> tuple[At | None, At | None]:
         """The view of the live tensor and the view of the checkpoint tensor that are equal."""
         if self.stored is not None:
             if self != replace(_Piece.whole(self.source, live), stored=self.stored):
@@ -102,7 +104,7 @@ class _Piece:
         index: list[Index] = [self.box[i][0] if self.axes[i] is None else self.box[i] for i in order]
         at = _view(None if order == sorted(order) else tuple(order), index, [live[i] for i in order])
         part: list[Index] = [span if axis in self.axes else span[0] for axis, span in enumerate(self.part)]
-        return at, _view(None, part, stored)
+        return at, _view(None, part, self.size)
 
 
 def _view(transpose: tuple[int, ...] | None, index: list[Index], shape: Sequence[int]) -> At | None:
@@ -289,7 +291,7 @@ class NameMap:
             if target not in self._shapes:
                 self._reasons[name] = f"the model has no tensor {target}"
             elif pattern is None:
-                self._add(target, _Piece.whole(name, self._layout[name][1]))
+                self._add(target, name)
             else:
                 groups.setdefault(target, (pattern, {}))[1].setdefault(pattern, []).append(name)
         for target, (first, sources) in groups.items():
@@ -311,25 +313,19 @@ class NameMap:
             found = [(live, piece) for live, value in ends.items() for piece in value.pieces]
             for live, value in ends.items():
                 if tuple(value.shape) != self._shapes.get(live):
-                    raise _Untraceable(
-                        f"the result {live} of shape {list(value.shape)} does not fit the model ({self._shapes.get(live, 'it has no such tensor')})"
-                    )
-            for live, piece in found:
-                self._views(live, piece)
+                    want = list(self._shapes[live]) if live in self._shapes else "no such tensor"
+                    raise _Untraceable(f"it makes {live} of shape {list(value.shape)}, and the model has {want}")
+            places = [(live, piece.source, *piece.views(self._shapes[live])) for live, piece in found]
         except Exception as error:  # whatever a conversion raises, its tensors have no place, and the rest of the map stands
             why = str(error) or type(error).__name__
             self._reasons |= dict.fromkeys(names, f"transformers converts it in a way that is not a view of the live tensor ({why})")
             return
-        for live, piece in found:
-            self._add(live, piece)
+        for place in places:
+            self._add(*place)
 
-    def _views(self, live: str, piece: _Piece) -> tuple[At | None, At | None]:
-        return piece.views(self._shapes[live], self._layout[piece.source][1])
-
-    def _add(self, live: str, piece: _Piece) -> None:
-        at, part = self._views(live, piece)
-        self._live.setdefault(piece.source, []).append(Place(live, at, part))
-        self._stored.setdefault(live, []).append(Place(piece.source, at, part))
+    def _add(self, live: str, stored: str, at: At | None = None, part: At | None = None) -> None:
+        self._live.setdefault(stored, []).append(Place(live, at, part))
+        self._stored.setdefault(live, []).append(Place(stored, at, part))
 
     def live(self, name: str) -> list[Place]:
         """Where a checkpoint tensor lies in the model: usually one place, several if transformers splits it, none if the
@@ -369,14 +365,9 @@ class NameMap:
         return "" if self.live(name) else f"{name!r} is not in the checkpoint, and the model keeps it inside a larger tensor"
 
     def _checked(self, place: Place, stored: str, live: str) -> Place:
-        """The place, once the shapes of both its views are known to be equal."""
+        """The place, if the shapes fit. (Those of converted tensors were held against the model when they were derived.)"""
         there, here = self._shapes[live], self._layout[stored][1]
-        try:
-            view = place.at.shape(there) if place.at else there
-            part = place.part.shape(here) if place.part else here
-        except ValueError as error:
-            raise MismatchError(f"tensor {stored!r} of shape {list(here)} does not fit the model's {live!r} of shape {list(there)}: {error}") from None
-        if view != part:
+        if place.at is None and place.part is None and there != here:
             raise MismatchError(
                 f"tensor {stored!r} has shape {list(here)} in the checkpoint, but the model's {live!r} has {list(there)}",
                 hint="build the model from this base with Base.model()",

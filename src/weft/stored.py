@@ -12,7 +12,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,13 +87,16 @@ class Tensor:
         """All data, as an array of the stored dtype. Treat it as read-only."""
         raise NotImplementedError
 
-    @cached_property
+    @property
     def sha256(self) -> str:
-        """Hex sha256 of the raw bytes."""
-        digest = hashlib.sha256()
-        for block in self.blocks():
-            digest.update(block)
-        return digest.hexdigest()
+        """Hex sha256 of the raw bytes, computed once. (Not a cached_property: in Python 3.11 its one lock would serialise threads.)"""
+        known = self.__dict__.get("_sha256")
+        if known is None:
+            digest = hashlib.sha256()
+            for block in self.blocks():
+                digest.update(block)
+            known = self.__dict__["_sha256"] = digest.hexdigest()
+        return str(known)
 
 
 @dataclass(frozen=True, eq=False)

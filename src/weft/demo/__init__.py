@@ -1,0 +1,1 @@
+"""What `weft demo` runs, and the data that every Python has."""
