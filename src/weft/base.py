@@ -258,7 +258,7 @@ class Base:
                     continue
                 if change.kind == "copy":
                     self.tensor(change.source)
-                    state[name] = slices[change.source]
+                    state[name] = slices[change.source][...].clone()  # two slices of one mapped tensor would share its memory
                 else:
                     state[name] = torch.zeros(tuple(change.shape), dtype=getattr(torch, str(numpy_dtype(change.dtype))))
                 added.add(name)

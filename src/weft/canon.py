@@ -10,6 +10,11 @@ MAX_INTEGER = 2**53
 """Integers beyond this do not survive readers that keep numbers as doubles; they are refused."""
 
 
+def integer(digits: str) -> int | float:
+    """A number that stands in canonical JSON without a fraction: an int up to 2^53, beyond it the double that it was written from."""
+    return int(digits) if len(digits) <= 17 and abs(int(digits)) <= MAX_INTEGER else float(digits)
+
+
 def dumps(value: Any) -> bytes:
     """`value` (dict, list, tuple, str, int, float, bool, None) as canonical UTF-8 JSON.
 

@@ -290,7 +290,7 @@ class Delta:
                 size, positions = self.tensors[ref.key].shape[0], self.get(ref.take)
                 if positions.size and not (positions.min() >= 0 and positions.max() < size):
                     raise ValueError(f"{ref.take}: positions must be within 0..{size - 1}")
-        index = {f: self.get(r.key) for f, r in op.t.items() if r.take is None and self.tensors[r.key].dtype in ("I64", "I32")}
+        index = {f: chain.gathered(r, self.get) for f, r in op.t.items() if self.tensors[r.key].dtype in ("I64", "I32")}
         if index and op.op != chain.SUM:
             found = op_named(op.op)
             found.check_values(view, found.config(op.cfg), index)
@@ -312,9 +312,11 @@ class Delta:
                 hint="name them before it, in order (--on DELTA)",
             )
         if self.base is None or base.fingerprint is None:
-            self._require_tensors(base, who)
+            self.require_tensors(base)
 
-    def _require_tensors(self, base: BaseLike, who: str) -> None:
+    def require_tensors(self, base: BaseLike) -> None:
+        """Refuse a base in which a tensor that this delta touches is not the one it was made for (dtype, shape, sha256)."""
+        who = f"{self.path or 'this delta'} ({self.id[:12]})"
         for target, entry in self.entries.items():
             if entry.base is None:
                 continue

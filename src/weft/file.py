@@ -102,7 +102,7 @@ def read(path: str | Path, *, values: bool = True) -> Delta:
             hint="`weft import` reads PEFT adapters, `weft diff` makes a delta of a checkpoint",
         )
     text = metadata[KEY]
-    manifest = strict_json(text, f"{path}: manifest")
+    manifest = strict_json(text, f"{path}: manifest", integer=canon.integer)
     try:
         delta, id = _parse(path, manifest, tensors)
         canonical = canon.dumps(manifest).decode()
@@ -144,6 +144,8 @@ def _parse(path: Path, manifest: Json, tensors: dict[str, Stored]) -> tuple[Delt
         _hash(info["sha256"], f"tensor {key!r}")
         known[key] = tensors[key]
     base = _fields(m["base"], "base", {"fingerprint"}, {"quantisation"})
+    if not isinstance(base.get("quantisation", {}), dict):
+        raise FormatError("base: quantisation must be an object")
     for name in ("recipe", "config", "notes", "entries"):
         if not isinstance(m[name], dict):
             raise FormatError(f"{name} must be an object")

@@ -65,6 +65,11 @@ def dtype_code(dtype: Any) -> str:
     raise InputError(f"tensors of dtype {name} cannot be stored", hint=f"use one of {', '.join(ITEMSIZE)}")
 
 
+def _stamp(fd: int) -> tuple[int, ...]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 class Tensor:
     """One tensor, wherever its data is. `dtype` is a safetensors code, `shape` a tuple."""
 
@@ -101,16 +106,23 @@ class Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Stored(Tensor):
-    """A tensor in a file: `nbytes` bytes from `offset`."""
+    """A tensor in a file: `nbytes` bytes from `offset`. `stamp`: what the file was when its header was read, to know it again."""
 
     path: Path
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    stamp: tuple[int, ...] | None = None
+
+    def _same(self, fd: int) -> None:
+        """Another file may stand under the same name by now; its bytes at this place would be nonsense."""
+        if self.stamp is not None and _stamp(fd) != self.stamp:
+            raise InputError(f"{self.path} changed while it was being read", hint="open it again; give results names of their own")
 
     def _pread(self, count: int, position: int) -> bytes:
         with open(self.path, "rb", buffering=0) as handle:
             data = os.pread(handle.fileno(), count, position)
+            self._same(handle.fileno())
         if len(data) != count:
             raise FormatError(f"{self.path}: it is shorter than its header says (it ended at byte {position + len(data)})")
         return data
@@ -118,6 +130,7 @@ class Stored(Tensor):
     def blocks(self, size: int = BLOCK) -> Iterator[bytes | memoryview]:
         end = self.offset + self.nbytes
         with open(self.path, "rb", buffering=0) as handle:
+            self._same(handle.fileno())
             for position in range(self.offset, end, size):
                 count = min(size, end - position)
                 data = os.pread(handle.fileno(), count, position)
@@ -215,12 +228,15 @@ def _no_constant(name: str) -> Any:
     raise FormatError(f"{name} is not JSON")
 
 
-def strict_json(text: str | bytes, where: str) -> Any:
-    """Parse JSON; duplicate keys, NaN, Infinity, deep nesting and bad UTF-8 are FormatErrors that name `where`."""
+def strict_json(text: str | bytes, where: str, *, integer: Callable[[str], Any] = int) -> Any:
+    """Parse JSON; duplicate keys, NaN, Infinity, deep nesting and bad UTF-8 are FormatErrors that name `where`.
+
+    `integer` makes a value of the digits of an integer.
+    """
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=integer)
     except FormatError as error:
         raise FormatError(f"{where}: {error.message}") from None
     except (ValueError, RecursionError) as error:
@@ -248,7 +264,7 @@ def read_container(path: str | Path) -> tuple[dict[str, Stored], dict[str, str]]
             length = int.from_bytes(head, "little")
             if length > HEADER_LIMIT or length > size - 8:
                 raise FormatError(f"{path}: the header claims {length:,} bytes, but the file has {size:,} (it is truncated or not a safetensors file)")
-            text = os.pread(handle.fileno(), length, 8)
+            text, stamp = os.pread(handle.fileno(), length, 8), _stamp(handle.fileno())
     except IsADirectoryError:
         raise InputError(f"{path} is a folder; expected a .safetensors file") from None
     except OSError as error:
@@ -277,7 +293,7 @@ def read_container(path: str | Path) -> tuple[dict[str, Stored], dict[str, str]]
         if end - begin != need:
             raise FormatError(f"{where}: {dtype} of shape {shape} needs {need:,} bytes, data_offsets give {end - begin:,}")
         spans.append((begin, end, name))
-        tensors[name] = Stored(path, dtype, tuple(shape), 8 + length + begin)
+        tensors[name] = Stored(path, dtype, tuple(shape), 8 + length + begin, stamp)
     position = 0
     for begin, end, name in sorted(spans):
         if begin != position:

@@ -16,10 +16,10 @@ hi.hi and [hi lo].[lo; hi] have no rounding in any partial sum in float64; lo.lo
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
 from math import ceil, log2
 from typing import Any
 
@@ -54,7 +54,11 @@ def _lib(x: Array) -> Any:
 
 
 def _plain(x: Array) -> bool:
-    return is_torch(x) and not _EXACT.get()
+    if not is_torch(x):
+        return False
+    import torch
+
+    return torch.compiler.is_compiling() or not _EXACT.get()  # torch.compile cannot read a ContextVar, and nobody folds inside it
 
 
 def to_numpy(x: Array) -> Array:
@@ -113,10 +117,12 @@ def cast(x: Array, name: str) -> Array:
 
 
 def _to_bf16(x: Array) -> Array:
-    """float32 to bfloat16, nearest even, in blocks that stay in cache; NaNs stay NaN."""
+    """float32 to bfloat16, nearest even. NaNs keep what fits of their payload, as torch's do, which takes more care (and time)."""
     import ml_dtypes
     import numpy as np
 
+    if not (x != x).any():
+        return x.astype(ml_dtypes.bfloat16)
     flat = np.ascontiguousarray(x).reshape(-1)
     out = np.empty(flat.size, np.uint16)
     for start in range(0, flat.size, 1 << 18):
@@ -188,7 +194,7 @@ def _split(x: Array, axis: int, b: int) -> tuple[Array, Array]:
         return x, x
     peak = lib.amax(abs(x), axis, keepdims=True)
     exponent = lib.frexp(peak)[1]
-    exponent = exponent.astype("int32") if not is_torch(x) else exponent.int()
+    exponent = lib.clip(exponent.astype("int32") if not is_torch(x) else exponent.int(), -900, None)  # so that no unit underflows
     one = lib.ones_like(peak)
     unit_hi, unit_lo = lib.ldexp(one, exponent - b), lib.ldexp(one, exponent - 2 * b)
     hi = lib.round(x / unit_hi) * unit_hi
@@ -200,11 +206,27 @@ def mm(a: Array, b: Array) -> Array:
     """The matrix product a @ b (2-d). Exact: float64 without rounding in any partial sum; plain: torch's own."""
     if _plain(a):
         return a @ b
-    a, b = cast(a, "float64"), cast(b, "float64")
     bits = _bits(a.shape[1])
-    a_hi, a_lo = _split(a, 1, bits)
-    b_hi, b_lo = _split(b, 0, bits)
-    return a_hi @ b_hi + concat((a_hi, a_lo), 1) @ concat((b_lo, b_hi), 0)
+    a_hi, a_lo = _split(cast(a, "float64"), 1, bits)
+    b_hi, b_cross = _right(b, bits)
+    return a_hi @ b_hi + concat((a_hi, a_lo), 1) @ b_cross
+
+
+_RIGHT = threading.local()
+_KEPT, _KEPT_SIZE = 2, 1 << 19
+
+
+def _right(b: Array, bits: int) -> tuple[Array, Array]:
+    """The right factor's hi and [lo; hi]. Those of the last read-only arrays are kept: a walk over blocks of rows meets them at every block."""
+    kept: list[tuple[Array, int, tuple[Array, Array]]] = getattr(_RIGHT, "kept", [])
+    for known, same_bits, split in kept:
+        if known is b and same_bits == bits:
+            return split
+    hi, lo = _split(cast(b, "float64"), 0, bits)
+    split = hi, concat((lo, hi), 0)
+    if not is_torch(b) and not b.flags.writeable and b.size <= _KEPT_SIZE:
+        _RIGHT.kept = [*kept, (b, bits, split)][-_KEPT:]
+    return split
 
 
 def sumsq(x: Array, axis: int) -> Array:
@@ -259,9 +281,14 @@ def _words(like: Array, key_: int, start: int, count: int) -> Array:
     return z ^ ((z >> 31) & ((1 << 33) - 1))
 
 
-@lru_cache(maxsize=1)
+_QUANTILES: list[Array] = []
+# a plain list, because torch.compile traces through functools.lru_cache
+
+
 def _quantiles() -> Array:
     """Standard normal quantiles at (i + 1/2) / 65536, on a grid of 2^-20 so that libm's last bit cannot matter."""
+    if _QUANTILES:
+        return _QUANTILES[0]
     from statistics import NormalDist
 
     import numpy as np
@@ -269,7 +296,8 @@ def _quantiles() -> Array:
     inverse = NormalDist().inv_cdf
     upper = np.array([inverse((i + 0.5) / 65536) for i in range(32768, 65536)])
     upper = np.round(upper * 2**20) / 2**20
-    return np.concatenate([-upper[::-1], upper]).astype(np.float32)
+    _QUANTILES.append(np.concatenate([-upper[::-1], upper]).astype(np.float32))
+    return _QUANTILES[0]
 
 
 def normals(like: Array, key_: int, start: int, count: int) -> Array:

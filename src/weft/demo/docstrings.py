@@ -12,7 +12,22 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGES = ("asyncio", "concurrent", "ctypes", "email", "http", "importlib", "json", "logging", "multiprocessing", "unittest", "urllib", "wsgiref", "xml", "zoneinfo")
+PACKAGES = (
+    "asyncio",
+    "concurrent",
+    "ctypes",
+    "email",
+    "http",
+    "importlib",
+    "json",
+    "logging",
+    "multiprocessing",
+    "unittest",
+    "urllib",
+    "wsgiref",
+    "xml",
+    "zoneinfo",
+)
 """Packages that every build of Python has."""
 
 MINIMUM, MAXIMUM = 30, 400

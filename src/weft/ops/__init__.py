@@ -35,9 +35,19 @@ def kinds() -> list[str]:
     return sorted(_own() | set(_plugins()))
 
 
-@cache
+_LOADED: dict[str, Op] = {}
+# a plain dict, because torch.compile traces through functools.cache and would trace the import as well
+
+
 def get(kind: str) -> Op:
     """The op of a kind; FormatError if there is none. A name from a file never imports anything but known ops."""
+    op = _LOADED.get(kind)
+    if op is None:
+        op = _LOADED[kind] = _load(kind)
+    return op
+
+
+def _load(kind: str) -> Op:
     if kind in _own():
         return cast(Op, import_module(f".{kind}", __name__).OP)
     if kind in _plugins():

@@ -6,6 +6,7 @@ flat positions) only those entries change; without, `values` is the whole tensor
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from math import prod
 from typing import Any
@@ -57,10 +58,11 @@ def entries_in_rows(t: Mapping[str, Any], shape: Shape, lo: int, hi: int) -> dic
     """The `index` and `values` that fall into rows lo..hi, positions counted from row lo."""
     import numpy as np
 
-    step = int(np.prod(shape[1:], dtype=np.int64))
-    index = t["index"].read().astype(np.int64)
-    first, last = np.searchsorted(index, (lo * step, hi * step))
-    return {"index": index[first:last] - lo * step, "values": t["values"].rows(int(first), int(last))}
+    step, index = prod(shape[1:]), t["index"]
+    count = index.shape[0]
+    # searched where it lies: the positions of a large tensor are themselves too large to read at every block
+    first, last = (bisect_left(range(count), row * step, key=lambda k: int(index.rows(k, k + 1)[0])) for row in (lo, hi))
+    return {"index": index.rows(first, last).astype(np.int64) - lo * step, "values": t["values"].rows(first, last)}
 
 
 OP = Assign()

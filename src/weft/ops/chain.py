@@ -28,11 +28,14 @@ def resolve(entry: OpEntry, get: Get, like: Array) -> dict[str, Array]:
 
 
 def _resolve(ref: Ref, get: Get, like: Array) -> Array:
-    value = get(ref.key)
-    if ref.take is not None:
-        index = get(ref.take)
-        value = xp.take(value, index.reshape(-1)).reshape(ref.shape)
+    value = gathered(ref, get)
     return xp.narrow(value, like) if _is_float(value) else value
+
+
+def gathered(ref: Ref, get: Get) -> Array:
+    """The array that a reference stands for, as stored."""
+    value = get(ref.key)
+    return value if ref.take is None else xp.take(value, get(ref.take).reshape(-1)).reshape(ref.shape)
 
 
 def _is_float(x: Array) -> bool:
@@ -95,7 +98,7 @@ def rewrite(stored: Array, ops: Sequence[OpEntry], get: Get) -> Array:
 def _apply_raw(stored: Array, entry: OpEntry, get: Get) -> Array:
     op = op_named(entry.op)
     view = entry.at.get(stored) if entry.at is not None else stored
-    t = {field: get(ref.key) for field, ref in entry.t.items()}
+    t = {field: gathered(ref, get) for field, ref in entry.t.items()}
     new = op.apply(view, t, op.config(entry.cfg))
     return entry.at.set(stored, new) if entry.at is not None else new
 

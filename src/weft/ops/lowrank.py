@@ -52,7 +52,7 @@ class LowRank(Op):
         return param == "weight" and layout.of(m) is not None
 
     def forward(self, m: Any, x: Any, y: Any, t: Tensors, cfg: Config, ctx: Any) -> Any:
-        change = layout.product(m, x, t["A"], t["B"])
+        change = layout.product(m, ctx.drop(x), t["A"], t["B"])
         if "A0" in t:
             change = change - layout.product(m, x, t["A0"], t["B0"])
         return y + cfg["scale"] * change

@@ -8,6 +8,7 @@ column of a Conv1D: axis 1).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 from .. import xp
@@ -51,7 +52,7 @@ def norms(w: Array, axis: int) -> Array:
     """The norm of each slice of w along `axis`, in float64 when exact."""
     axis %= len(w.shape)
     others = [k for k in range(len(w.shape)) if k != axis]
-    return xp.sqrt(xp.sumsq(xp.permute_axes(w, (axis, *others)).reshape(w.shape[axis], -1), 1)).reshape(-1)
+    return xp.sqrt(xp.sumsq(xp.permute_axes(w, (axis, *others)).reshape(w.shape[axis], prod([w.shape[k] for k in others])), 1)).reshape(-1)
 
 
 OP = Magnitude()

@@ -11,6 +11,7 @@ a matrix. `stream` must differ between targets that should have different bases.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import sqrt
 from typing import Any
 
 from .. import xp
@@ -31,9 +32,15 @@ class Seeded(Op):
         if set(t) != want:
             raise ValueError(f"rank {cfg['rank']} needs the fields {sorted(want)}, got {sorted(t)}")
         for field in t:
-            expect(t, field, [None])
+            if expect(t, field, [None])[0] == 0:
+                raise ValueError(f"field {field}: expected at least one coefficient, shape [any], got [0]")
+        rows, columns = flat_shape(shape)
         if min(cfg["rank"], cfg["seed"], cfg["stream"], cfg["first_row"], cfg["all_rows"]) < 0:
-            raise ValueError("rank, seed and stream must not be negative")
+            raise ValueError("rank, seed, stream, first_row and all_rows must not be negative")
+        if cfg["rank"] > min(rows, columns):  # bases are made in memory, so a number in a small file must not ask for any amount of it
+            raise ValueError(f"rank {cfg['rank']} is larger than a side of the target, {rows} x {columns}")
+        if cfg["first_row"] + rows > (cfg["all_rows"] or rows):
+            raise ValueError(f"rows {cfg['first_row']} to {cfg['first_row'] + rows} are outside bases of {cfg['all_rows'] or rows} rows")
 
     def init(self, shape: Shape, gen: Generator, *, count: int = 16) -> dict[str, Any]:
         import numpy as np
@@ -53,7 +60,7 @@ class Seeded(Op):
         return xp.narrow(xp.wide(w) + cfg["scale"] * change.reshape(w.shape), w)
 
     def rows(self, t: Mapping[str, Any], cfg: Config, shape: Shape, lo: int, hi: int) -> tuple[dict[str, Array], Config]:
-        return {f: v.read() for f, v in t.items()}, {**cfg, "first_row": lo, "all_rows": shape[0]}
+        return {f: v.read() for f, v in t.items()}, {**cfg, "first_row": cfg["first_row"] + lo, "all_rows": cfg["all_rows"] or shape[0]}
 
 
 def _mix(like: Array, coefficients: Array, key: int, start: int, count: int, size: int) -> Array:
@@ -65,7 +72,7 @@ def _mix(like: Array, coefficients: Array, key: int, start: int, count: int, siz
     total = xp.wide(xp.zeros((count,), coefficients))
     for i in range(k):
         total = total + xp.wide(coefficients[i : i + 1]) * xp.wide(xp.normals(like, key, i * size + start, count))
-    return xp.narrow(total / k**0.5, like)
+    return xp.narrow(total / sqrt(k), like)
 
 
 OP = Seeded()

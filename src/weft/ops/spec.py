@@ -16,6 +16,9 @@ from ..errors import FormatError
 
 Json = Any
 
+MAX_AXES = 32
+"""The most axes of a shape or view: what every version of numpy can hold."""
+
 
 def _fields(obj: Json, where: str, required: set[str], optional: set[str]) -> dict[str, Any]:
     if not isinstance(obj, dict):
@@ -34,9 +37,9 @@ def _text(value: Json, where: str) -> str:
 
 
 def sizes(value: Json, where: str) -> tuple[int, ...]:
-    """A JSON list of non-negative integers as a tuple."""
-    if not isinstance(value, list) or not all(type(v) is int and v >= 0 for v in value):
-        raise FormatError(f"{where}: expected a list of sizes, got {str(value)[:60]}")
+    """A JSON list of at most `MAX_AXES` non-negative integers as a tuple."""
+    if not isinstance(value, list) or len(value) > MAX_AXES or not all(type(v) is int and v >= 0 for v in value):
+        raise FormatError(f"{where}: expected a list of at most {MAX_AXES} sizes, got {str(value)[:60]}")
     return tuple(value)
 
 
@@ -137,8 +140,8 @@ class At:
     @classmethod
     def parse(cls, obj: Json, where: str) -> At:
         obj = _fields(obj, where, set(), {"reshape", "transpose", "index"})
-        if not obj or not isinstance(obj.get("index", []), list):
-            raise FormatError(f"{where}: `at` needs reshape, transpose or a list index, got {str(obj)[:60]}")
+        if not obj or not isinstance(obj.get("index", [0]), list) or not obj.get("index", [0]):
+            raise FormatError(f"{where}: `at` needs reshape, transpose or a list index that is not empty, got {str(obj)[:60]}")
         index: list[Index] = []
         for part in obj.get("index", []):
             if isinstance(part, list):

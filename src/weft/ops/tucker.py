@@ -57,7 +57,7 @@ class Tucker(Op):
             x = xp.permute_axes(x, order)
             shape = x.shape
             x = xp.mm(t[f"U{axis}"], x.reshape(shape[0], prod(shape[1:])))
-            x = x.reshape(-1, *shape[1:])
+            x = x.reshape(w.shape[axis], *shape[1:])
             if axis:
                 x = xp.narrow(x, w)
         return xp.narrow(xp.wide(w) + cfg["scale"] * x, w)

@@ -1,0 +1,98 @@
+"""A base with deltas on it, ready to run: the part that evaluating, predicting and generating share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..attach import Mode, attach, check_ran
+from ..base import Base
+from ..delta import Delta
+from ..engine.data import Example, padded
+from ..errors import UsageError
+
+_HEADS = {
+    "classification": ("SEQUENCE_CLASSIFICATION", "does not classify texts: it has no head", "classification"),
+    "text": ("CAUSAL_LM", "does not predict next tokens", "causal-lm"),
+}
+"""What is asked of a model: transformers' name for the classes that do it, what is wrong with others, the objective that helps."""
+
+
+@dataclass
+class Running:
+    """`model` in eval mode on `device`, its `tokenizer`, the `base`, and the `ids` of the deltas on it."""
+
+    base: Base
+    ids: list[str]
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    pad: int
+
+    def batches(
+        self, examples: Sequence[Example], size: int, progress: Callable[[int, int], None] | None
+    ) -> Iterator[tuple[list[int], dict[str, torch.Tensor], torch.Tensor]]:
+        """Positions, batch and logits, longest examples first (so that what does not fit into memory fails at once)."""
+        order = sorted(range(len(examples)), key=lambda k: (-len(examples[k]["input_ids"]), k))
+        for start in range(0, len(order), size):
+            numbers = order[start : start + size]
+            batch = {name: value.to(self.device) for name, value in padded([examples[k] for k in numbers], self.pad).items()}
+            with torch.inference_mode():
+                logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            if not start:
+                self.check()
+            yield numbers, batch, logits
+            if progress is not None:
+                progress(start + len(numbers), len(order))
+
+    def check(self) -> None:
+        """After the first forward pass: an attached op that did not run would make every result a lie."""
+        check_ran(self.model)
+
+
+@contextmanager
+def running(base: Base | str | Path, deltas: Any, device: Any, dtype: Any, mode: Mode, task: str) -> Iterator[Running]:
+    """The model, with deltas attached; nothing outlives the block."""
+    opened = base if isinstance(base, Base) else Base.open(base)
+    listed = [deltas] if isinstance(deltas, Delta | str | Path) else list(deltas)
+    loaded = [each if isinstance(each, Delta) else Delta.load(each) for each in listed]
+    ids: list[str] = []
+    for delta in loaded:  # before gigabytes are read
+        delta.require_base(opened, on=ids)
+        ids.append(delta.id)
+    model: Any = opened.model(loaded, dtype=dtype, device=None if device is None else str(device))
+    _require_head(model, task)
+    where = torch.device(device) if device is not None else _best_device()
+    model.to(where)
+    tokenizer = opened.tokenizer()
+    ends = (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None))
+    pad = next((value for value in ends if isinstance(value, int)), 0)  # masked, so any will do
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = pad  # decoders that classify find the last token of each text by it
+    if loaded:
+        attach(model, loaded, base=opened, mode=mode)
+    yield Running(opened, ids, model, tokenizer, where, pad)
+
+
+def _best_device() -> torch.device:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator if accelerator is not None else torch.device("cpu")
+
+
+def _require_head(model: Any, task: str) -> None:
+    from transformers.models.auto import modeling_auto
+
+    mapping, wrong, objective = _HEADS[task]
+    names: set[str] = set()
+    for value in getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").values():
+        names.update([value] if isinstance(value, str) else value)
+    if type(model).__name__ not in names:
+        raise UsageError(
+            f"{type(model).__name__} {wrong}",
+            hint=f"a delta can bring one: weft tune BASE --data F --method lora --objective {objective} -o OUT.safetensors",
+        )

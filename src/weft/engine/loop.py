@@ -1,0 +1,367 @@
+"""The training loop: batches, gradients, hooks, events, and states from which a run goes on exactly.
+
+What is trained is a dict of parameters; what they belong to is not the loop's business. Whatever is random at step k
+depends on the seed and k alone: the batches, and torch's generators, which are seeded anew at each step. So the state of
+a run is its tensors, the optimizer's, the hooks' and the number of steps done, and k + k steps equal 2k bit for bit on
+the same machine with the same thread count.
+
+Accelerate carries the loop over several processes: `batch_size` is what all of them see together, each gets its share.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+import msgspec
+import torch
+from torch import nn
+
+from .. import canon, xp
+from .._write import atomic_file
+from ..errors import FormatError, MismatchError, UsageError, WeftError
+from ..file import container_header
+from ..stored import hold, read_container, strict_json
+from .data import Example, batches
+from .events import Events
+
+Batch = dict[str, torch.Tensor]
+
+_STATE = "weft_state"
+_RECENT = 20
+"""Steps over which the final loss is averaged."""
+
+
+class LoopConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """How long to train, and how much at a time."""
+
+    epochs: Annotated[float, msgspec.Meta(description="passes over the data", gt=0)] = 3.0
+    steps: Annotated[int, msgspec.Meta(description="optimizer steps, instead of epochs; 0: as many as the epochs need", ge=0)] = 0
+    batch_size: Annotated[int, msgspec.Meta(description="examples for each optimizer step, over all devices", ge=1)] = 32
+    micro_batch_size: Annotated[int, msgspec.Meta(description="examples that pass through the model at once; 0: the whole batch", ge=0)] = 0
+    clip: Annotated[float, msgspec.Meta(description="largest norm of the gradient; longer ones are shortened; 0: never", ge=0)] = 1.0
+    autocast: Annotated[bool, msgspec.Meta(description="compute in bfloat16, keep float32 weights")] = False
+    bucket: Annotated[bool, msgspec.Meta(description="put examples of like length into one batch")] = True
+
+
+class Objective(Protocol):
+    """What the loop needs of an objective (see `weft.tuning.objective`)."""
+
+    examples: Sequence[Example]
+
+    def collate(self, examples: Sequence[Example], keys: Sequence[int]) -> Batch: ...
+    def weight(self, batch: Batch) -> float: ...
+    def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor: ...
+
+
+class Hooks:
+    """Where spaces and guards take part in the loop. Every method may be left as it is.
+
+    What a hook keeps between steps goes through `state` and `load`, or resuming is not exact. A hook that draws random
+    numbers may use torch's generators, or one made from `run.key`.
+    """
+
+    def start(self, run: Run) -> None:
+        """Before the first step, after the state of an earlier run has been loaded."""
+
+    def loss(self, run: Run, batch: Batch) -> torch.Tensor | None:
+        """A term to add to the loss of this batch (of each micro-batch; the shares sum to one)."""
+        return None
+
+    def gradients(self, run: Run) -> None:
+        """After the backward pass and before clipping: `.grad` of `run.tensors` may be changed."""
+
+    def after_step(self, run: Run) -> None:
+        """After the optimizer's step: `run.step` counts it already."""
+
+    def end(self, run: Run) -> None:
+        """After the last step."""
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What must be kept to go on from here."""
+        return {}
+
+    def load(self, state: dict[str, torch.Tensor]) -> None:
+        """Take back what `state` gave."""
+
+
+@dataclass
+class Run:
+    """A training run. `tensors` is what is trained, by name; `factor(step, total)` multiplies each group's learning rate."""
+
+    model: nn.Module
+    objective: Objective
+    tensors: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    factor: Callable[[int, int], float]
+    config: LoopConfig
+    seed: int = 0
+    hooks: Sequence[Hooks] = ()
+    step: int = 0
+    total: int = field(init=False)
+    per_epoch: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.per_epoch = math.ceil(len(self.objective.examples) / self.config.batch_size)
+        self.total = self.config.steps or max(1, round(self.config.epochs * self.per_epoch))
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+
+    @property
+    def key(self) -> int:
+        """A 64-bit key for what is random at this step."""
+        return xp.key(self.seed, self.step)
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors.values())).device
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run came to: the loss averaged over the last steps (20 at most), steps in all, tokens and seconds of this session."""
+
+    loss: float
+    steps: int
+    tokens: int
+    seconds: float
+
+
+Evaluate = Callable[[Run], Mapping[str, float]]
+
+
+def train(
+    run: Run,
+    events: Events,
+    *,
+    state: Path | None = None,
+    save_every: int = 0,
+    resume: Path | None = None,
+    identity: Mapping[str, Any] | None = None,
+    evaluate: Evaluate | None = None,
+    evaluate_every: int = 0,
+) -> Summary:
+    """Train `run.tensors` for `run.total` steps.
+
+    state, save_every: where to keep the state, and after how many steps to write it (0: never)
+    resume:            a state to go on from; MismatchError if it belongs to another `identity`
+    evaluate:          called every `evaluate_every` steps with the model in eval mode; its figures go to the event log
+
+    Raises WeftError when the loss or the gradient is not finite: the tensors are then of no use, the last state is.
+    """
+    from accelerate import Accelerator
+
+    if not run.tensors:
+        raise UsageError("nothing to train: the space has no trainable tensor")
+    accelerator = Accelerator()
+    recent: deque[float] = deque(maxlen=_RECENT)
+    if resume is not None:
+        recent.extend(_restore(run, resume, identity or {}))
+    model = accelerator.prepare_model(run.model) if accelerator.num_processes > 1 else run.model
+    first, tokens = run.step, 0
+    parameters = list(run.tensors.values())
+    events("start", total=run.total, first=first, parameters=sum(p.numel() for p in parameters), examples=len(run.objective.examples))
+    with _randomness(run), _training(run.model):
+        for hook in run.hooks:
+            hook.start(run)
+        epoch, plan = -1, []
+        while run.step < run.total:
+            began = events.seconds
+            if run.step // run.per_epoch != epoch:
+                epoch = run.step // run.per_epoch
+                plan = batches([len(e["input_ids"]) for e in run.objective.examples], run.config.batch_size, run.seed, epoch, bucket=run.config.bucket)
+            torch.manual_seed(xp.key(run.key, accelerator.process_index) >> 1)
+            factor = run.factor(run.step, run.total)
+            for group in run.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            loss, seen = _gradients(run, model, accelerator, plan[run.step % run.per_epoch], epoch)
+            for hook in run.hooks:
+                hook.gradients(run)
+            norm = float(nn.utils.clip_grad_norm_(parameters, run.config.clip or math.inf))
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                events("step", step=run.step, first=first, total=run.total, loss=loss, lr=run.optimizer.param_groups[0]["lr"], grad_norm=norm, tokens_per_s=0.0)
+                raise WeftError(
+                    f"step {run.step + 1} of {run.total}: the {'loss' if not math.isfinite(loss) else 'gradient'} is not finite "
+                    f"(loss {loss}, gradient norm {norm}, learning rate {run.optimizer.param_groups[0]['lr']:.3g})",
+                    hint="a lower learning rate (-p lr=...), a longer warmup, or float32 instead of a 16-bit dtype",
+                )
+            run.optimizer.step()
+            run.optimizer.zero_grad(set_to_none=True)
+            run.step += 1
+            for hook in run.hooks:
+                hook.after_step(run)
+            recent.append(loss)
+            tokens += seen
+            rate = seen / max(events.seconds - began, 1e-9)
+            lr = run.optimizer.param_groups[0]["lr"]
+            events("step", step=run.step, first=first, total=run.total, loss=loss, lr=lr, grad_norm=norm, tokens_per_s=round(rate, 1))
+            if evaluate is not None and evaluate_every and run.step % evaluate_every == 0:
+                with _evaluating(run.model):
+                    events("eval", step=run.step, **evaluate(run))
+            if state is not None and save_every and run.step % save_every == 0 and accelerator.is_main_process:
+                save_state(state, run, recent, identity or {})
+                events("save", step=run.step, path=str(state))
+        for hook in run.hooks:
+            hook.end(run)
+    summary = Summary(sum(recent) / max(1, len(recent)), run.step, tokens, events.seconds)
+    events("end", step=run.step, loss=summary.loss, seconds=round(summary.seconds, 3), tokens=tokens)
+    return summary
+
+
+def _gradients(run: Run, model: nn.Module, accelerator: Any, positions: Sequence[int], epoch: int) -> tuple[float, int]:
+    """One step's gradients; its loss, and how many tokens this process saw.
+
+    A loss is a mean over `weight` things (tokens, examples), so micro-batches count by their weights: how a batch is cut, and
+    over how many processes, changes nothing but rounding.
+    """
+    mine = list(positions[accelerator.process_index :: accelerator.num_processes]) or [positions[0]]
+    size = run.config.micro_batch_size or len(mine)
+    seed = xp.key(run.seed, epoch)
+    parts = []
+    for start in range(0, len(mine), size):
+        chosen = mine[start : start + size]
+        parts.append(run.objective.collate([run.objective.examples[k] for k in chosen], [xp.key(seed, k) for k in chosen]))
+    weights = [run.objective.weight(part) for part in parts]
+    if accelerator.process_index >= len(positions):  # a last batch with fewer examples than processes: run along, count for nothing
+        weights = [0.0]
+    whole = sum(weights)
+    if accelerator.num_processes > 1:
+        whole = float(accelerator.reduce(torch.tensor(whole, device=run.device), "sum"))
+    loss, seen = 0.0, 0
+    for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+        seen += int(part["attention_mask"].sum()) if "attention_mask" in part else part["input_ids"].numel()
+        part = {name: value.to(run.device) for name, value in part.items()}
+        share = weight / whole if whole else 0.0
+        last = number == len(parts) - 1
+        with nullcontext() if last or accelerator.num_processes == 1 else accelerator.no_sync(model):
+            with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.autocast):
+                value = run.objective.loss(model, part)
+                for hook in run.hooks:
+                    extra = hook.loss(run, part)
+                    value = value if extra is None else value + extra
+            (value * (share * accelerator.num_processes)).backward()  # processes average their gradients
+        loss += float(value.detach()) * share
+    if accelerator.num_processes > 1:
+        loss = float(accelerator.reduce(torch.tensor(loss, device=run.device), "sum"))
+    return loss, seen
+
+
+@contextmanager
+def _randomness(run: Run) -> Iterator[None]:
+    """Gives torch's generators back as they were; on other devices than the CPU, asks for kernels that repeat themselves."""
+    devices = [run.device] if run.device.type == "cuda" else []
+    strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with torch.random.fork_rng(devices):
+        if run.device.type != "cpu" and not strict:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(strict, warn_only=warn)
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    """Train mode inside, and each module's own mode again afterwards."""
+    with _mode(model, True):
+        yield
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    with _mode(model, False), torch.no_grad(), torch.random.fork_rng():
+        yield
+
+
+@contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    before = [(module, module.training) for module in model.modules()]
+    model.train(training)
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
+# --- the state of a run: one safetensors file
+
+
+def save_state(path: Path, run: Run, recent: Sequence[float] | deque[float], identity: Mapping[str, Any]) -> None:
+    """Write what is needed to go on from here, atomically: tensors as they are, all else as JSON. No pickle."""
+    tensors: dict[str, torch.Tensor] = {f"tensor/{name}": value.detach() for name, value in run.tensors.items()}
+    optimizer = _flat(run.optimizer.state_dict(), "optimizer", tensors)
+    for number, hook in enumerate(run.hooks):
+        tensors |= {f"hook/{number}/{name}": value for name, value in hook.state().items()}
+    about = {"step": run.step, "recent": list(recent), "optimizer": optimizer, "identity": dict(identity)}
+    held = {name: hold(value) for name, value in tensors.items()}
+    order = sorted(held, key=lambda name: (-held[name].nbytes, name))
+    with atomic_file(path) as out:
+        out.write(container_header(held, order, {_STATE: json.dumps(about)}))
+        for name in order:
+            for block in held[name].blocks():
+                out.write(block)
+
+
+def _restore(run: Run, path: Path, identity: Mapping[str, Any]) -> list[float]:
+    """Take a state over into `run`; returns the losses of its last steps."""
+    stored, metadata = read_container(path)
+    if _STATE not in metadata:
+        raise FormatError(f"{path}: not the state of a training run", hint="it is written next to the delta, with save_every=N")
+    about = strict_json(metadata[_STATE], str(path))
+    said = about["identity"]
+    differ = [name for name in sorted({*said, *identity}) if canon.dumps(said.get(name)) != canon.dumps(identity.get(name))]
+    if differ:
+        listed = "; ".join(f"{name}: {json.dumps(said.get(name))[:80]} there, {json.dumps(identity.get(name))[:80]} here" for name in differ)
+        raise MismatchError(f"{path} is the state of another run ({listed})", hint="resume with the same base, data and options, or start anew")
+    expected = {f"tensor/{name}": list(value.shape) for name, value in run.tensors.items()}
+    found = {name: list(value.shape) for name, value in stored.items() if name.startswith("tensor/")}
+    if expected != found:
+        odd = next(name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name))
+        raise MismatchError(f"{path}: {odd} has shape {found.get(odd, 'none')}, this run's has {expected.get(odd, 'none')}")
+
+    def get(name: str) -> torch.Tensor:
+        value: torch.Tensor = xp.to_torch(stored[name].read())
+        return value
+
+    with torch.no_grad():
+        for name, value in run.tensors.items():
+            value.copy_(get(f"tensor/{name}"))
+    run.optimizer.load_state_dict(_deep(about["optimizer"], get))
+    for number, hook in enumerate(run.hooks):
+        prefix = f"hook/{number}/"
+        hook.load({name.removeprefix(prefix): get(name).to(run.device) for name in stored if name.startswith(prefix)})
+    run.step = about["step"]
+    return [float(loss) for loss in about["recent"]]
+
+
+def _flat(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """A nested state as JSON, its tensors put into `tensors` under names that the JSON gives."""
+    if isinstance(value, torch.Tensor):
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        return {"map": [[key, _flat(inner, f"{name}/{key}", tensors)] for key, inner in value.items()]}
+    if isinstance(value, list | tuple):
+        return {"tuple" if isinstance(value, tuple) else "list": [_flat(inner, f"{name}/{k}", tensors) for k, inner in enumerate(value)]}
+    if value is None or isinstance(value, bool | int | float | str):
+        return {"value": value}
+    raise WeftError(f"the optimizer's state holds a {type(value).__name__} at {name}, which cannot be saved")
+
+
+def _deep(value: Any, get: Callable[[str], torch.Tensor]) -> Any:
+    """What `_flat` made JSON of."""
+    ((kind, inner),) = value.items()
+    if kind == "tensor":
+        return get(inner)
+    if kind == "map":
+        return {key: _deep(each, get) for key, each in inner}
+    if kind in ("list", "tuple"):
+        return (tuple if kind == "tuple" else list)(_deep(each, get) for each in inner)
+    return inner

@@ -1,0 +1,258 @@
+"""Merging: several updates of one base become one.
+
+    delta = weft.merge(["a.safetensors", "b.safetensors"], method="task-arithmetic", weights=[0.7, 0.3])
+    weft.merge(["tuned-a", "tuned-b"], base="base", method="ties", density=0.1, out="merged.safetensors")
+
+Inputs are deltas and checkpoints in any mix; nothing is ever loaded whole. Methods are the other files of this package.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import isfinite
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from ..base import Base
+from ..config import as_dict, make
+from ..delta import BLOB, Delta, Entry, renumbered
+from ..engine.increments import Block, Increments, Target, Update
+from ..engine.stream import BLOCK, in_threads, reuse_memory
+from ..errors import InputError, UsageError
+from ..methods import get
+from ..ops.spec import OpEntry, Ref
+from ..stored import BLOCK as BYTES
+from ..stored import Tensor, read_container
+from ._method import MergeMethod
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+
+    Given = Update | str | os.PathLike[str]
+
+__all__ = ["merge"]
+
+
+def merge(
+    inputs: Sequence[Given],
+    base: Base | str | os.PathLike[str] | None = None,
+    method: str = "task-arithmetic",
+    weights: Sequence[float] | None = None,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    into: str | os.PathLike[str] | None = None,
+    on: Sequence[Delta | str | os.PathLike[str]] = (),
+    threads: int | None = None,
+    block: int = BLOCK,
+    **params: Any,
+) -> Any:
+    """Merge deltas and checkpoints into one delta, or straight into a checkpoint.
+
+    inputs:  deltas (`Delta`, or paths of their files) and checkpoints (`Base`, paths, Hub ids), in any mix
+    base:    the base that all belong to; needed for checkpoints, for `into`, and where a change depends on the base's
+             values and the method is not a weighted sum
+    method:  a name from `weft methods merge`; `params` are its options
+    weights: one number for each input; what they do and what they are by default is the method's business
+    out:     a .safetensors file to write the merged delta to
+    into:    a folder to write base + merged delta to, without a delta file
+    on:      deltas that inputs were made over, if they are no inputs themselves; the result is then made over them too
+    threads: blocks computed at a time (None: the CPUs of this process, at most 8); block: entries in one block of rows.
+             Neither changes a bit of the result
+
+    Returns the merged `Delta`: of the file if `out` is given, else one whose tensors are computed when they are read. With
+    `into`, returns the report of `weft.fold`. Where the method is a weighted sum and all inputs that touch a tensor are
+    deltas, their ops are kept (low rank stays low rank); else the merged increment is a `dense` op in float32.
+
+    Raises UsageError for a wrong method, option or weight, MismatchError with every input that does not fit.
+    """
+    if isinstance(inputs, Delta | Base | str | os.PathLike) or not inputs:
+        raise UsageError("merge takes a list of at least one delta or checkpoint", hint="weft.merge([A, B], ...)")
+    if out is not None and into is not None:
+        raise UsageError("a merge goes into a delta file (out) or a checkpoint (into), not both")
+    if into is not None and base is None:
+        raise UsageError("a checkpoint is base + increments; give the base", hint="base=PATH (--base PATH)")
+    record = get("merge", method)
+    cfg = make(record.config, params, f"merge method {method!r}")
+    rule: MergeMethod[Any] = record.run()
+    used = _weights(rule, weights, len(inputs), cfg, method)
+    workers = _threads(threads)
+    if block < 1:
+        raise UsageError(f"a block has at least 1 entry, got {block}")
+    if out is not None:
+        _check_out(Path(out))
+    root = None if base is None else base if isinstance(base, Base) else Base.open(os.fspath(base))
+    updates = [_open(given) for given in inputs]
+    before = [each if isinstance(each, Delta) else Delta.load(Path(each)) for each in on]
+    models = Increments(updates, root, on=before, block=block, threads=workers)
+    merged = _merged(models, rule, used, cfg, {"verb": "merge", "method": method, "config": as_dict(cfg), "weights": used, "inputs": _lineage(updates)})
+    if out is not None:
+        merged.save(Path(out))
+        return Delta.load(Path(out))
+    if into is not None and root is not None:
+        from ..fold import fold
+
+        return fold(root, [*models.start, merged], Path(into), threads=workers, block=block)
+    return merged
+
+
+# --- what was asked for
+
+
+def _weights(rule: MergeMethod[Any], weights: Sequence[float] | None, count: int, cfg: Any, method: str) -> list[float]:
+    used = [rule.default_weight(count)] * count if weights is None else [float(w) for w in weights]
+    problems = [f"weight {number} is {w}" for number, w in enumerate(used, 1) if not isfinite(w)]
+    if len(used) != count:
+        problems.append(f"expected one weight for each of {count} inputs, got {len(used)}")
+    problems = problems or rule.problems(used, cfg)
+    if problems:
+        raise UsageError(f"the weights do not suit the merge method {method!r}", problems=problems)
+    return used
+
+
+def _threads(threads: int | None) -> int:
+    if threads is None:
+        return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    if threads < 1:
+        raise UsageError(f"threads must be at least 1, got {threads}")
+    return threads
+
+
+def _check_out(out: Path) -> None:
+    """What writing would refuse, before the first pass over the inputs."""
+    if out.suffix != ".safetensors":
+        raise InputError(f"{out}: a delta is one .safetensors file", hint=f"name it {out.with_suffix('.safetensors')}, or use into= for a checkpoint")
+    if not out.parent.is_dir():
+        raise InputError(f"cannot write {out}: the folder {out.parent} does not exist", hint=f"mkdir -p {out.parent}")
+
+
+def _open(given: Given) -> Update:
+    """A delta or a checkpoint: a .safetensors file is a delta if its metadata say so."""
+    if isinstance(given, Delta | Base):
+        update: Update = given
+    else:
+        from ..file import KEY, read
+
+        path = Path(given)
+        is_delta = path.is_file() and path.suffix == ".safetensors" and KEY in read_container(path)[1]
+        update = read(path) if is_delta else Base.open(os.fspath(given))
+    if isinstance(update, Base) and update.path is None:
+        raise InputError(f"{update.source} cannot be merged: it has no file to be known by", hint="save it, or make a delta of it")
+    return update
+
+
+def _lineage(updates: Sequence[Update]) -> list[dict[str, str | None]]:
+    """The identity of each input, in order."""
+    return [{"delta": each.id} if isinstance(each, Delta) else {"checkpoint": each.fingerprint} for each in updates]
+
+
+# --- the merged delta
+
+
+def _merged(models: Increments, rule: MergeMethod[Any], weights: list[float], cfg: Any, recipe: dict[str, Any]) -> Delta:
+    coefficients = rule.coefficients(weights, cfg)
+    kept = [name for name in models.targets if coefficients is not None and models.by_algebra(name)]
+    keep = set(kept)
+    dense = [target for name, target in models.targets.items() if name not in keep]
+    lacking = [target.name for target in dense if models.base is None and models.needs_base(target.name)]
+    if lacking:
+        raise UsageError(
+            f"what the inputs do to {lacking[0]!r} depends on the base's values ({len(lacking)} such tensors); give the base", hint="base=PATH (--base PATH)"
+        )
+    entries, tensors = _combined(models, coefficients, kept) if coefficients is not None else ({}, {})
+    if dense:
+        kernel = Kernel(models, rule, weights, cfg)
+        for target in dense:
+            key = f"{target.name}//0.values"
+            entries[target.name] = Entry((OpEntry("dense", {}, {"values": Ref(key)}),), target.base, target.change)
+            tensors[key] = Merged(kernel, target)
+    parents = tuple(each.id for each in models.updates if isinstance(each, Delta))
+    tied = tuple(group for group in models.tied if entries.keys() & set(group))
+    return Delta(models.fingerprint, entries, tensors, models.over, parents, recipe, models.config, tied, models.quantisation)
+
+
+def _combined(models: Increments, coefficients: Sequence[float], names: Sequence[str]) -> tuple[dict[str, Entry], dict[str, Tensor]]:
+    """sum_i c_i delta_i on some tensors by the algebra of deltas: no number is read. Models with c = 0 are left out."""
+    keep = set(names)
+    total: Delta | None = None
+    for number, (update, c) in enumerate(zip(models.updates, coefficients, strict=True)):
+        if isinstance(update, Delta) and c != 0:
+            entries = {name: entry for name, entry in models.entries(number).items() if name in keep}
+            tensors = {key: tensor for key, tensor in update.tensors.items() if not key.startswith(BLOB)}
+            part = replace(update, base=models.fingerprint, entries=entries, tensors=tensors, config={})
+            part = part if c == 1 else part.scaled(c)
+            total = part if total is None else total + part
+    return renumbered(total.entries, total.tensors) if total is not None else ({}, {})
+
+
+class Kernel:
+    """A method at work on its increments: what every merged tensor needs to compute itself. Preparing reads the inputs."""
+
+    def __init__(self, models: Increments, rule: MergeMethod[Any], weights: Sequence[float], cfg: Any) -> None:
+        reuse_memory()
+        self.models, self._rule, self._weights, self._cfg = models, rule, weights, cfg
+        self._state = rule.prepare(models, weights, cfg)
+        self._lock = Lock()
+        self._last: tuple[Target, Array] | None = None
+
+    def _compute(self, block: Block) -> Array:
+        """The merged increment of one block, rounded to the dtype of increments."""
+        merged = self._rule.merge(self.models.read_all(block), self._weights, self._cfg, self._state, block)
+        return merged.astype(block.target.wide, copy=False)
+
+    def rows(self, block: Block) -> Array:
+        """The merged increment on any rows."""
+        return self._whole(block.target)[block.lo : block.hi] if self._rule.whole and block.target.shape else self._compute(block)
+
+    def parts(self, target: Target) -> Iterator[Array]:
+        """The merged increment in order, computed ahead in threads."""
+        blocks = [target.whole] if self._rule.whole and target.size else target.blocks(self.models.block_size)
+        return in_threads((partial(self._compute, block) for block in blocks), self.models.threads)
+
+    def _whole(self, target: Target) -> Array:
+        with self._lock:  # kept until rows of another tensor are asked for
+            if self._last is None or self._last[0] is not target:
+                self._last = (target, self._compute(target.whole))
+            return self._last[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Merged(Tensor):
+    """The merged increment of one tensor, computed whenever it is read."""
+
+    kernel: Kernel
+    target: Target
+
+    @property
+    def dtype(self) -> str:  # type: ignore[override]
+        return "F64" if self.target.wide == "float64" else "F32"
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        return self.target.shape
+
+    def blocks(self, size: int = BYTES) -> Iterator[bytes | memoryview]:
+        import numpy as np
+
+        for part in self.kernel.parts(self.target):
+            flat = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+            for start in range(0, flat.size, size):
+                yield flat[start : start + size].data
+
+    def rows(self, lo: int, hi: int) -> Array:
+        return self.kernel.rows(Block(self.target, lo, hi))
+
+    def read(self) -> Array:
+        import numpy as np
+
+        out = np.empty(self.target.size, self.target.wide)
+        done = 0
+        for part in self.kernel.parts(self.target):
+            out[done : done + part.size] = part.reshape(-1)
+            done += part.size
+        return out.reshape(self.target.shape)

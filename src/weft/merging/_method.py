@@ -1,0 +1,78 @@
+"""What a merge method is. Each method is one file beside this one, with a class that derives from `MergeMethod`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+if TYPE_CHECKING:
+    import msgspec
+    import numpy as np
+
+    from ..engine.increments import Block, Increments
+
+    Array = np.ndarray[Any, Any]
+
+    C = TypeVar("C", bound=msgspec.Struct)
+else:
+    C = TypeVar("C")
+
+
+class MergeMethod(Generic[C]):
+    """Several increments in, one increment out.
+
+    `prepare` is called once and may read everything as often as it likes; what it returns is given to each call of
+    `merge`, which sees one block of rows at a time. An object has no state of its own, and `merge` may be called from
+    several threads. A method that draws random numbers has a field `seed` in its config and makes them from the seed,
+    the tensor's name, the model and `block.start`, so that they do not depend on blocks or threads.
+    """
+
+    whole: ClassVar[bool] = False
+    """`merge` needs whole tensors (a decomposition): each block is then a whole tensor."""
+
+    def default_weight(self, count: int) -> float:
+        """The weight of each of `count` models when none are given."""
+        return 1.0
+
+    def problems(self, weights: Sequence[float], cfg: C) -> list[str]:
+        """What is wrong with these weights for this config, as sentences."""
+        return []
+
+    def coefficients(self, weights: Sequence[float], cfg: C) -> list[float] | None:
+        """c where the result is exactly sum_i c_i tau_i, so that deltas can be combined without reading a number; None elsewhere."""
+        return None
+
+    def prepare(self, models: Increments, weights: Sequence[float], cfg: C) -> Any:
+        """Statistics over whole tensors or models, the `state` of `merge`: thresholds, norms, angles."""
+        return None
+
+    def merge(self, taus: list[Array], weights: Sequence[float], cfg: C, state: Any, block: Block) -> Array:
+        """The merged increment of one block.
+
+        `taus`: one array of `block.shape` for each model in the order of the inputs, float32 (float64 for F64 tensors),
+        zeros where a model changes nothing; never written to. The result is rounded to their dtype by the caller, so compute
+        in float64 and let every entry depend on nothing but its own tensor and `state`.
+        """
+        raise NotImplementedError
+
+
+class LinearMethod(MergeMethod[C]):
+    """A method whose result is sum_i c_i tau_i: it gives `coefficients`, and that is all."""
+
+    def coefficients(self, weights: Sequence[float], cfg: C) -> list[float]:
+        raise NotImplementedError
+
+    def merge(self, taus: list[Array], weights: Sequence[float], cfg: C, state: Any, block: Block) -> Array:
+        return weighted_sum(taus, self.coefficients(weights, cfg))
+
+
+def weighted_sum(taus: Sequence[Array], coefficients: Sequence[float]) -> Array:
+    """sum_i c_i tau_i in float64, in the order given."""
+    import numpy as np
+
+    total = np.zeros(taus[0].shape)
+    for tau, c in zip(taus, coefficients, strict=True):
+        part = tau.astype(np.float64)
+        part *= c
+        total += part
+    return total

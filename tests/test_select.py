@@ -1,0 +1,86 @@
+"""Exact streaming selection against numpy's partition of the whole vector."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from weft.engine.select import kth_largest_magnitude
+from weft.errors import InputError, UsageError
+
+FLOATS = st.floats(width=32, allow_nan=False)
+AWKWARD = st.sampled_from([0.0, -0.0, 1e-45, -1e-45, 1.1754942e-38, 1.1754944e-38, 1.0, -1.0, float(np.float32(1.0000001)), float("inf"), -float("inf")])
+
+
+def reference(x: np.ndarray, k: int) -> tuple[np.float32, int, int]:
+    magnitudes = np.abs(x)
+    value = np.partition(magnitudes, magnitudes.size - k)[magnitudes.size - k]
+    return value, int((magnitudes > value).sum()), int((magnitudes == value).sum())
+
+
+def check(x: np.ndarray, k: int, blocks: list[np.ndarray]) -> None:
+    calls = []
+
+    def make():
+        calls.append(1)
+        return iter(blocks)
+
+    got = kth_largest_magnitude(make, k)
+    value, above, ties = reference(x, k)
+    assert got.value.dtype == np.float32
+    assert got.value.tobytes() == value.tobytes()
+    assert (got.above, got.ties) == (above, ties)
+    assert got.above < k <= got.above + got.ties
+    assert len(calls) == 2
+
+
+@given(hnp.arrays(np.float32, st.integers(1, 300), elements=FLOATS | AWKWARD), st.data())
+def test_it_is_what_sorting_gives(x, data):
+    k = data.draw(st.integers(1, x.size))
+    cuts = sorted(data.draw(st.lists(st.integers(0, x.size), max_size=4)))
+    check(x, k, np.split(x, cuts))
+
+
+@pytest.mark.parametrize("k", [1, 2, 77_777, 199_999, 200_000])
+def test_long_streams_of_odd_blocks(k):
+    rng = np.random.default_rng(3)
+    x = (rng.standard_normal(200_000) * 10.0 ** rng.integers(-42, 30, 200_000)).astype(np.float32)
+    x[::17] = x[5]
+    x[::1000] = 0
+    blocks = [part.reshape(2, -1) if part.size % 2 == 0 else part for part in np.split(x, [1, 2, 3, 70_003, 150_000])]
+    check(x, k, blocks)
+
+
+def test_a_view_with_gaps_and_a_scalar_and_nothing():
+    grid = np.arange(24, dtype=np.float32).reshape(4, 6)
+    x = np.concatenate([grid[:, ::2].reshape(-1), [np.float32(-7.5)]])
+    check(x, 4, [np.zeros((0, 3), np.float32), grid[:, ::2], np.array(-7.5, np.float32)])
+
+
+def test_float64_is_rounded_first():
+    x = np.array([1.0, 1.0 + 1e-12, 2.0, 1e-60])
+    got = kth_largest_magnitude(lambda: [x], 2)
+    assert (got.value, got.above, got.ties) == (np.float32(1), 1, 2)
+
+
+@pytest.mark.parametrize("bits", [0x7F800001, 0xFFC00000, 0x7FFFFFFF])
+def test_a_nan_is_an_error(bits):
+    x = np.array([1.0, 2.0], np.float32)
+    nan = np.array([bits], np.uint32).view(np.float32)
+    with pytest.raises(InputError, match="NaN"):
+        kth_largest_magnitude(lambda: [x, nan], 1)
+
+
+@pytest.mark.parametrize("k", [0, -1, 4])
+def test_k_out_of_range(k):
+    with pytest.raises(UsageError, match="of 3 entries"):
+        kth_largest_magnitude(lambda: [np.ones(3, np.float32)], k)
+
+
+def test_a_stream_that_changes_is_noticed():
+    streams = iter([[np.ones(4, np.float32)], [np.zeros(4, np.float32)]])
+    with pytest.raises(InputError, match="changed between two passes"):
+        kth_largest_magnitude(lambda: next(streams), 2)
