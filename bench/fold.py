@@ -104,7 +104,7 @@ FOLD = """
 import sys, time
 from weft.base import Base
 from weft.delta import Delta
-from weft.fold import fold
+from weft.folding import fold
 delta = Delta.load(sys.argv[2])
 begin = time.perf_counter()
 fold(Base.open(sys.argv[1]), [delta], sys.argv[3], threads=int(sys.argv[4]))

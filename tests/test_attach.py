@@ -6,6 +6,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import permutations
 from typing import Any
 
@@ -22,7 +23,7 @@ from weft.attach import attach, attached, check_ran, detach, handles, probe
 from weft.base import Base
 from weft.delta import Builder, Delta
 from weft.errors import MismatchError, UsageError, WeftError
-from weft.ops import At, Generator, Ref, chain
+from weft.ops import At, Generator, Op, Ref, chain
 from weft.ops import get as op_named
 from weft.stored import hold
 
@@ -856,3 +857,128 @@ def test_shadows_hold_in_threads() -> None:
     assert all(torch.equal(out, outs[0]) for out in outs)
     close(outs[0], want)
     assert "weight" not in model.norm.__dict__
+
+
+# --- what ops are told, and corners
+
+
+class Spy(Op):
+    """An op on a module that adds its context to a list."""
+
+    kind = "spy"
+    fields = ("w",)
+    on = "module"
+    seen: list[Any] = []
+
+    def check(self, shape: Any, cfg: Any, t: Any) -> None:
+        pass
+
+    def forward(self, m: Any, x: Any, y: Any, t: Any, cfg: Any, ctx: Any) -> Any:
+        ctx.losses.append(t["w"].sum())
+        self.seen.append((ctx.param, ctx.phase, ctx.mask))
+        return y + t["w"]
+
+
+def test_ops_are_told_phase_and_mask_and_may_add_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    import transformers as hf
+
+    from weft import ops
+
+    monkeypatch.setitem(ops._LOADED, "spy", Spy())
+    model = hf.LlamaForCausalLM(
+        hf.LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
+    ).eval()
+    build = Builder(Base.of(model))
+    for path in ("model.layers.0", "model.layers.1.mlp", "model"):
+        build.put(f"@module/{path}", "spy", {"w": np.full(8, 0.5, np.float32)})
+    ids, mask = torch.tensor([[1, 2, 3]]), torch.ones(1, 3, dtype=torch.long)
+    plain = model(ids, mask).logits
+    handle = attach(model, build.done(), trainable=True)
+    Spy.seen.clear()
+    out = model(ids, mask)
+    assert [(param, phase) for param, phase, _ in Spy.seen] == [("", "prefill")] * 3 and all(m is mask for _, _, m in Spy.seen)
+    assert not torch.allclose(out.logits, plain) and len(handle.losses) == 3
+    torch.stack(handle.losses).sum().backward()
+    assert all(torch.equal(p.grad, torch.ones(8)) for p in handle.parameters())
+    model(ids[:, :1], past_key_values=out.past_key_values)
+    assert Spy.seen[-1] == ("", "decode", None) and len(handle.losses) == 3
+
+
+class Again(nn.Module):
+    """Calls itself, with an argument that only the inner call understands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(floats(6))
+
+    def forward(self, x: torch.Tensor, depth: int = 1) -> torch.Tensor:
+        return self(x, depth - 1) * self.scale if depth else x * self.scale
+
+
+def test_a_module_that_calls_itself() -> None:
+    model, x = Net(Again()), floats(3, 6)
+    delta = random_delta(model, {"m.scale": ["scale_shift"]})
+    attach(model, delta, trainable=True)
+    close(model(x), x * delta.apply("m.scale", model.m.scale.detach()) ** 2)
+    detach(model)
+    close(model(x), x * model.m.scale**2)
+
+
+def test_probing_gives_up_at_the_root_and_for_modules() -> None:
+    model, x = Net(nn.Linear(6, 6)), floats(3, 6)
+    model.m.inner = nn.Linear(6, 6)
+    delta = random_delta(model, {"m.weight": ["lowrank", "magnitude"], "m.inner.weight": ["lowrank"]})
+    want = model(x) * 0 + F.linear(x, delta.apply("m.weight", model.m.weight), model.m.bias)
+    handle = attach(model, delta, trainable=True)
+    with pytest.raises(WeftError, match=r"m.inner.weight: no forward in the model uses"):
+        probe(model, lambda: close(model(x), want))
+    handle.active = False
+    assert handle.unused() == handle.ran() == [] and not handle.active and handle.trainable and handle.dropout == 0
+    detach(model)
+    attach(model, put(model, "@module/m.inner", "adapter", ("down", (3, 6)), ("up", (6, 3))))
+    with pytest.raises(WeftError, match=r"@module/m.inner: the module did not run"):
+        probe(model, lambda: model(x))
+    detach(model)
+    alone = nn.ParameterList([floats(3)])
+    with pytest.raises(MismatchError, match="no module runs"):
+        attach(alone, put(alone, "0", "dense", ("values", (3,))), mode="functional")
+    assert attached(alone) == [] and not alone._modules
+
+
+def test_what_is_not_trained_comes_back_as_it_was() -> None:
+    model = Three()
+    first, second, _ = three(model)
+    one, two = attach(model, [first, second], mode="functional")
+    assert one.delta() is first and two.delta() is second
+    with pytest.raises(UsageError, match="is not attached; attached: "):
+        detach(model, "")
+    del model.norm.weight
+    with pytest.raises(WeftError, match="lost its tensor 'weight'"):
+        model(floats(2, 6))
+
+
+def test_removed_tensors_that_are_absent_and_strange_shapes() -> None:
+    model = Three()
+    build = Builder(Base.of(model))
+    build.remove("b.bias")
+    build.put("a.weight", "lowrank", {"A": floats(2, 6), "B": floats(6, 2)})
+    delta, base = build.done(), Base.of(copy.deepcopy(model))
+    model.b = nn.Linear(6, 6, bias=False)
+    attach(model, delta, base=base)
+    detach(model)
+    with pytest.raises(MismatchError, match="nothing"):
+        attach(model, replace(delta, entries={"nothing": delta.entries["a.weight"]}, base="f" * 64), base=base)
+    with pytest.raises(MismatchError, match=r"the delta's tensor is \[6, 6\], the live norm.weight is \[6\]"):
+        attach(model, replace(delta, entries={"norm.weight": delta.entries["a.weight"]}, base="f" * 64), base=Fingerprinted(base))
+    model.a.weight.device_mesh = "as of a DTensor"  # type: ignore[attr-defined]
+    with pytest.raises(MismatchError, match="sharded already"):
+        attach(model, delta, base=base, mode="functional")
+
+
+class Fingerprinted:
+    """A base that a delta may name by its fingerprint."""
+
+    fingerprint = "f" * 64
+
+    def __init__(self, base: Any) -> None:
+        self.layout = base.layout

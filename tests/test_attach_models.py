@@ -443,6 +443,13 @@ def test_soft_prompts_are_checked() -> None:
         model(IDS)
     with pytest.raises(MismatchError, match="input_ids or inputs_embeds"):
         model(attention_mask=MASK)
+    detach(model)
+    attach(model, prompt_delta(model))
+    out = model(IDS)
+    torch.testing.assert_close(model(inputs_embeds=model.get_input_embeddings()(IDS)).logits, out.logits)
+    assert model(IDS[:, :1], past_key_values=out.past_key_values).logits.shape == (2, 1, 64)
+    with pytest.raises(MismatchError, match="2-d attention_mask"):
+        model(IDS[:, :1], attention_mask=torch.ones(2, 1, 1, 11), past_key_values=out.past_key_values)
     build = Builder(Base.of(model))
     build.put("@input/embeddings", "prompt", {"rows": Generator(5).normal((2, 31, 1))})
     with pytest.raises(FormatError, match="field rows"):

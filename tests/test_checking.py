@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from weft import Base, Delta
 from weft.checking import evaluate, generate, predict
 from weft.errors import InputError, MismatchError, UsageError, WeftError
-from weft.fold import fold
+from weft.folding import fold
 
 from . import tiny
 

@@ -198,7 +198,7 @@ def test_ctrl_c_leaves_nothing(weft: Run, llama: Path, style: Path, tmp_path: Pa
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("weft.fold._report", interrupt)  # the last step inside the folder that is being made
+    monkeypatch.setattr("weft.folding._report", interrupt)  # the last step inside the folder that is being made
     for extra in ([], ["--format", "json"]):
         said = weft("fold", llama, style, "-o", tmp_path / "out", *extra)
         assert said.code == 130 and not said.out and "no result was written" in said.err and "Traceback" not in said.err

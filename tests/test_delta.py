@@ -151,7 +151,7 @@ def test_live_targets() -> None:
 
     build = Builder(BASE)
     kind = next(k for k in ops.kinds() if ops.get(k).on == "module")
-    build.put("@module/layer.0", kind, ops.get(kind).example((6, 4), Generator(1)))
+    build.put("@module/layer.0", kind, ops.get(kind).example((4,), Generator(1)))
     delta = build.done()
     assert delta.unfoldable == ["@module/layer.0"] and not delta.foldable and lowrank().foldable
     with pytest.raises(MismatchError, match="an op that runs on activations cannot be scaled"):

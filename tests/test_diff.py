@@ -14,12 +14,12 @@ import pytest
 
 from tests.conftest import bits
 from tests.test_fold import DTYPES, read_all, same, save, save_file
-from weft import diff as diff_module
+from weft import diffing as diff_module
 from weft.base import Base
 from weft.delta import Delta
-from weft.diff import diff
+from weft.diffing import diff
 from weft.errors import MismatchError, UsageError
-from weft.fold import fold
+from weft.folding import fold
 from weft.stored import Computed
 
 
@@ -317,12 +317,12 @@ def test_no_torch(tmp_path: Path) -> None:
     save(tmp_path / "old", old)
     save(tmp_path / "new", tuned(old))
     code = (
-        "import sys; import weft.fold, weft.diff; assert 'numpy' not in sys.modules\n"
+        "import sys; import weft.folding, weft.diffing; assert 'numpy' not in sys.modules\n"
         "from weft.base import Base\n"
         "a, b = Base.open(sys.argv[1]), Base.open(sys.argv[2])\n"
-        "for n, mode in enumerate(weft.diff.MODES):\n"
-        "    d = weft.diff.diff(a, b, mode, rank=2 if mode == 'lowrank' else None)\n"
-        "    weft.fold.fold(a, [d], sys.argv[3] + mode)\n"
+        "for n, mode in enumerate(weft.diffing.MODES):\n"
+        "    d = weft.diff(a, b, mode, rank=2 if mode == 'lowrank' else None)\n"
+        "    weft.fold(a, [d], sys.argv[3] + mode)\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "old"), str(tmp_path / "new"), str(tmp_path / "out")], capture_output=True, text=True)

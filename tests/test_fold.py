@@ -22,7 +22,7 @@ from weft.delta import Builder, Delta
 from weft.engine import stream
 from weft.errors import InputError, MismatchError, UsageError, WeftError
 from weft.file import container_header
-from weft.fold import fold
+from weft.folding import fold
 from weft.ops import At, Generator, chain
 from weft.stored import Computed, Tensor, hold, read_container
 
@@ -444,8 +444,8 @@ RUN = """
 import sys
 from weft.base import Base
 from weft.delta import Delta
-import weft.diff, weft.fold
-weft.fold.fold(Base.open(sys.argv[1]), [Delta.load(sys.argv[2])], sys.argv[3], threads=2)
+import weft, weft.diffing, weft.folding
+weft.fold(Base.open(sys.argv[1]), [Delta.load(sys.argv[2])], sys.argv[3], threads=2)
 assert not {"torch", "transformers"} & set(sys.modules)
 with open("/proc/self/status") as status:
     print(next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")))

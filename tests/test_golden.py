@@ -413,7 +413,7 @@ def test_a_second_reader_folds_to_the_same_bytes(name: str, tmp_path: Path) -> N
     """Section 6 in rational arithmetic against the fold that streams blocks through numpy."""
     from weft.base import Base
     from weft.delta import Delta
-    from weft.fold import fold
+    from weft.folding import fold
 
     (folder := tmp_path / "base").mkdir()
     shutil.copy(GOLDEN / "base.safetensors", folder / "model.safetensors")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,12 @@ from torch import nn
 
 from weft.base import Base
 from weft.delta import Builder, Delta
-from weft.errors import FormatError, InputError, MismatchError
-from weft.fold import fold
+from weft.errors import FormatError, InputError, MismatchError, WeftError
+from weft.folding import fold
 from weft.interchange import export, import_peft, lint_vllm, probe
-from weft.ops import Generator
+from weft.interchange.blocks import Block, joined
+from weft.ops import At, Generator
+from weft.ops.spec import OpEntry, Term
 
 TOKENS = {"vocab_size": 61, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -57,6 +62,10 @@ def qwen3_moe() -> Any:
 
 def bert() -> Any:
     return hf.BertForMaskedLM(hf.BertConfig(**SIZE, **TOKENS, max_position_embeddings=32))
+
+
+def bare_bert() -> Any:
+    return hf.BertModel(hf.BertConfig(**SIZE, **TOKENS, max_position_embeddings=32))
 
 
 def saved(make: Make, folder: Path) -> Any:
@@ -171,8 +180,10 @@ def test_probe_runs_what_peft_wrote(case: str, tmp_path: Path) -> None:
 # --- more ways in
 
 
-def test_heads_are_added_with_their_labels(tmp_path: Path) -> None:
-    saved(bert, tmp_path / "base")
+@pytest.mark.parametrize("make", [bert, bare_bert])
+def test_heads_are_added_with_their_labels(make: Make, tmp_path: Path) -> None:
+    """On a base with another head, and on one without a head and without the prefix that the trained model's names have."""
+    saved(make, tmp_path / "base")
     base = Base.open(tmp_path / "base")
     torch.manual_seed(4)
     raw = hf.BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=5)
@@ -347,6 +358,21 @@ def test_norms_and_whole_values_are_saved_as_modules(base: Base, tmp_path: Path)
     torch.testing.assert_close(peft_logits(tmp_path / "out", base), logits(folded(base, delta, tmp_path / "folded")), atol=1e-5, rtol=1e-5)
 
 
+def test_a_sum_inside_a_view_is_a_product_too(base: Base, tmp_path: Path) -> None:
+    """Heads of a projection changed by scaled terms: rows 8 to 16 alone."""
+    gen, build = Generator(8), Builder(base)
+    build.put(f"{Q}.weight", "lowrank", {"A": gen.normal((2, 32), 0.3), "B": gen.normal((8, 2), 0.3)}, at=At(index=((8, 16),)))
+    plain = build.done(recipe={"verb": "test"})
+    entry = plain.entries[f"{Q}.weight"]
+    inner = replace(entry.ops[0], at=None)
+    summed = OpEntry("sum", at=entry.ops[0].at, terms=(Term(0.5, (inner,)), Term(-2.0, (inner,))))
+    delta = replace(plain, entries={f"{Q}.weight": replace(entry, ops=(summed,))})
+    delta.validate()
+    done = export(delta, tmp_path / "out", base)
+    assert done.rank == 2
+    torch.testing.assert_close(peft_logits(tmp_path / "out", base), logits(folded(base, -1.5 * plain, tmp_path / "folded")), atol=1e-5, rtol=1e-5)
+
+
 def full_rank(base: Base) -> Delta:
     gen, build = Generator(4), Builder(base)
     product(build, Q, 2, 1.0, gen)
@@ -395,7 +421,9 @@ def test_entries_that_no_adapter_has_are_refused(base: Base, tmp_path: Path) -> 
 # --- vLLM
 
 
-def test_a_folder_for_vllm(base: Base, tmp_path: Path) -> None:
+def test_a_folder_for_vllm(base: Base, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    before = os.umask(0o022)
+    request.addfinalizer(lambda: os.umask(before))
     gen, build = Generator(6), Builder(base)
     product(build, Q, 3, 0.5, gen)
     product(build, DOWN, 18, 1.5, gen)
@@ -536,6 +564,7 @@ def test_damaged_folders(base: Base, tmp_path: Path) -> None:
         ({"peft_type": "IA3"}, InputError, "peft_type is 'IA3'"),
         ({"r": 0}, FormatError, "r must be a positive integer"),
         ({"r": 8}, MismatchError, r"A \[4, 32\] and B \[32, 4\] do not fit .* at rank 8"),
+        ({"lora_alpha": 10**400}, FormatError, "lora_alpha must be a positive number"),
         ({"rank_pattern": {"q_proj": "4"}}, FormatError, "must map to a positive integer"),
         ({"rank_pattern": {"(": 4}}, FormatError, "not a regular expression"),
         ({"kasa_config": {"beta": 1.0}}, InputError, "kasa_config"),
@@ -556,3 +585,85 @@ def test_import_of_plain_names_needs_no_torch(base: Base, tmp_path: Path) -> Non
     delta = import_peft(folder, base)
     assert done.stdout.split() == ["False", delta.id]
     assert delta.entries[f"{Q}.weight"].ops[0].cfg == {"scale": 4.0}
+
+
+def test_no_setting_breaks_the_reader(base: Base, tmp_path: Path) -> None:
+    """Whatever stands in the config: a delta, or an error of ours."""
+    values = [None, True, 0, -1, 4, 2.5, 1e300, "", "x", [], ["q_proj"], [1], {}, {"a": 1}, {"q_proj": 4}, {"a": [1]}]
+    names = ["r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias", "init_lora_weights", "target_modules", "auto_mapping"]
+    names += ["target_parameters", "trainable_token_indices", "task_type", "modules_to_save", "peft_type", "base_model_name_or_path", "else"]
+    folder, pick, done = good(tmp_path / "a"), random.Random(7), 0
+    plain = read(folder)
+    for _ in range(200):
+        (folder / "adapter_config.json").write_text(json.dumps(plain | {pick.choice(names): pick.choice(values) for _ in range(2)}))
+        try:
+            done += len(import_peft(folder, base).entries)
+        except WeftError as error:
+            assert error.exit_code == 3 and str(folder) in str(error)
+    assert done
+
+
+def test_rows_that_the_config_does_not_name(tmp_path: Path) -> None:
+    make, settings = CASES["tokens"]
+    _, adapter = trained(make, settings, tmp_path)
+    config = read(adapter)
+    for rows in ([1], [1, 61], [1, 1], None, [1, True], {"lm_head": [1, 2]}):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"trainable_token_indices": rows}))
+        with pytest.raises(FormatError, match=r"must list the rows of model\.embed_tokens\.weight"):
+            import_peft(adapter, Base.open(tmp_path / "base"))
+
+
+# --- blocks
+
+
+def dense(block: Block, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """The increment as a tensor of `shape`, entry by entry."""
+    out = np.zeros(shape)
+    matrix = block.scale * block.b @ block.a
+    for i in range(matrix.shape[0]):
+        for j in range(matrix.shape[1]):
+            where = [span[0] for span in block.box]
+            where[block.row] += i
+            where[block.col] += j
+            out[tuple(where)] = matrix[i, j]
+    return out
+
+
+def test_blocks_follow_views(rng: np.random.Generator) -> None:
+    pick, shown = random.Random(3), 0
+    for _ in range(300):
+        shape = tuple(pick.randint(2, 5) for _ in range(3))
+        row, col, other = pick.sample(range(3), 3)
+        box = [tuple(sorted(pick.sample(range(size + 1), 2))) for size in shape]
+        box[other] = (start := pick.randrange(shape[other]), start + 1)
+        sizes = [stop - start for start, stop in box]
+        block = Block(rng.normal(size=(sizes[row], 2)), rng.normal(size=(2, sizes[col])), tuple(box), row, col, 0.5)
+        order = tuple(pick.sample(range(3), 3)) if pick.random() < 0.7 else None
+        turned = [shape[axis] for axis in order or range(3)]
+        whole = [tuple(sorted(pick.sample(range(size + 1), 2))) for size in turned]
+        index = [pick.randrange(size) if (order or range(3))[axis] == other else whole[axis] for axis, size in enumerate(turned)][: pick.randint(0, 3)]
+        at = At(None, order, tuple(index))
+        seen = block.seen(at, shape)
+        view = at.shape(shape)
+        np.testing.assert_allclose(at.get(dense(block, shape)), np.zeros(view) if seen is None else dense(seen, view))
+        if seen is not None:
+            shown += 1
+            placed = seen.placed(at, shape)
+            np.testing.assert_allclose(dense(placed, shape), at.set(np.zeros(shape), dense(seen, view)))
+            np.testing.assert_allclose(dense(placed.upright(), shape), dense(placed, shape))
+            inside = placed.upright().at(shape)
+            np.testing.assert_allclose((inside or At()).get(dense(placed, shape)), 0.5 * placed.upright().b @ placed.upright().a)
+    assert shown > 50
+
+
+def test_parts_of_a_product_join_at_its_old_rank(rng: np.random.Generator) -> None:
+    whole = Block.whole(rng.normal(size=(9, 3)), rng.normal(size=(3, 7)), (9, 7), scale=0.7)
+    cuts = [At(index=((0, 4), (0, 7))), At(index=((4, 9), (0, 5))), At(index=((4, 9), (5, 7)))]
+    parts = [seen.placed(at, (9, 7)) for at in cuts if (seen := whole.seen(at, (9, 7)))]
+    b, a, scale = joined(parts[:2] + parts[2:], (9, 7))
+    np.testing.assert_allclose(scale * b @ a, dense(whole, (9, 7)), rtol=1e-5)
+    rows = [seen.placed(at, (9, 7)) for at in (At(index=((0, 4),)), At(index=((4, 9),))) if (seen := whole.seen(at, (9, 7)))]
+    b, a, scale = joined(rows, (9, 7))
+    assert a.shape == (3, 7) and scale == 0.7
+    b, a, scale = joined([*rows, Block.whole(whole.b, whole.a, (9, 7), scale=-0.2, b0=whole.b + 1, a0=whole.a)], (9, 7))
+    np.testing.assert_allclose(b @ a * scale, dense(whole, (9, 7)) - 0.2 * (whole.b @ whole.a - (whole.b + 1) @ whole.a), rtol=1e-4, atol=1e-6)

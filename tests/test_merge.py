@@ -23,7 +23,7 @@ from weft.delta import At, Builder, Delta
 from weft.engine.increments import Increments
 from weft.errors import InputError, MismatchError, UsageError
 from weft.file import container_header
-from weft.fold import fold
+from weft.folding import fold
 from weft.merging._method import MergeMethod
 from weft.stored import hold
 

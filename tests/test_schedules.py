@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -32,9 +33,9 @@ def test_a_schedule_rises_to_one_and_then_never_rises_again(name: str, total: in
     got = factors(name, total, **options)
     warm = round(warmup * total)
     assert all(0 <= f <= 1 + 1e-12 for f in got)
-    assert all(a < b for a, b in zip(got[:warm], got[1 : warm + 1], strict=True) if warm < total)
+    assert all(a < b for a, b in pairwise(got[: warm + 1]) if warm < total)
     assert warm >= total or got[warm] == pytest.approx(1)
-    assert all(b <= a + 1e-12 for a, b in zip(got[warm:], got[warm + 1 :], strict=False))
+    assert all(b <= a + 1e-12 for a, b in pairwise(got[warm:]))
     assert min(got[warm:], default=1) >= (1 if name == "constant" else end) - 1e-12
     assert got[0] > 0
 

@@ -22,9 +22,8 @@ _WHERE = {
     "Builder": "delta",
     "attach": "attach",
     "detach": "attach",
-    "fold": "fold",
-    "diff": "diff",
-    "sites": "sites",
+    "fold": "folding",
+    "diff": "diffing",
     "tune": "tuning",
     "merge": "merging",
     "evaluate": "checking",
@@ -33,18 +32,17 @@ _WHERE = {
     "export": "interchange",
 }
 
-__all__ = ["Base", "Builder", "Delta", "attach", "detach", "diff", "evaluate", "export", "fold", "generate", "import_peft", "merge", "sites", "tune"]
+__all__ = ["Base", "Builder", "Delta", "attach", "detach", "diff", "evaluate", "export", "fold", "generate", "import_peft", "merge", "tune"]
 
 if TYPE_CHECKING:
     from .attach import attach, detach
     from .base import Base
     from .checking import evaluate, generate
     from .delta import Builder, Delta
-    from .diff import diff
-    from .fold import fold
+    from .diffing import diff
+    from .folding import fold
     from .interchange import export, import_peft
     from .merging import merge
-    from .sites import sites
     from .tuning import tune
 
 

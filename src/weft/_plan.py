@@ -156,9 +156,9 @@ class State:
                 tensors.setdefault(path, {})[handle.id[:12]] = holder
         paths = set(drafts) | set(tensors)
         for path in self.paths - paths:
-            install(self.module(path), path, {}, None, ())
+            install(self.module(path), {}, None, ())
         for path in paths:  # first the children, so that plans find them
-            install(self.module(path), path, tensors.get(path, {}), Plan() if path in drafts else None, sorted(drafts[path].kinds) if path in drafts else ())
+            install(self.module(path), tensors.get(path, {}), Plan() if path in drafts else None, sorted(drafts[path].kinds) if path in drafts else ())
         self.paths = paths
         for path, draft in drafts.items():
             self._finish(path, draft, drafts)

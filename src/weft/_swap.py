@@ -90,13 +90,11 @@ def hub_of(m: nn.Module) -> tuple[str, Deltas] | None:
     return next(((name, child) for name, child in m._modules.items() if type(child) is Deltas), None)
 
 
-def install(m: nn.Module, path: str, tensors: Mapping[str, Tensors], plan: Plan | None, kinds: Sequence[str]) -> None:
+def install(m: nn.Module, tensors: Mapping[str, Tensors], plan: Plan | None, kinds: Sequence[str]) -> None:
     """Make `tensors` the deltas on a module, and `plan` what it runs (None: it keeps its own class); nothing at all: restore it."""
     original = original_class(m)
     found = hub_of(m)
     if found is None:
-        if not tensors and plan is None:
-            return
         child = "delta"
         while hasattr(m, child):
             child += "_"
@@ -110,10 +108,7 @@ def install(m: nn.Module, path: str, tensors: Mapping[str, Tensors], plan: Plan 
         del m._modules[child]
     key = None if plan is None else (original, tuple(kinds), child)
     if key != getattr(type(m), "_weft_key", None):  # a class that fully_shard put over ours has our key, and stays
-        try:
-            m.__class__ = original if key is None else attached_class(*key)
-        except TypeError as error:
-            raise MismatchError(f"no delta can run in the module {path or '(the model)'} ({original.__name__}): {error}") from None
+        m.__class__ = original if key is None else attached_class(*key)
         _rebind(m)
 
 

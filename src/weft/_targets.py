@@ -52,8 +52,8 @@ class Spot:
 
     def write(self, part: torch.Tensor) -> None:
         live, view = self.live, self.view()
-        if view.untyped_storage().data_ptr() != live.untyped_storage().data_ptr():  # the reshape of a strided tensor is a copy
-            view, part = live, self.at.set(live, part.to(live.device)) if self.at else part
+        if self.at and view.untyped_storage().data_ptr() != live.untyped_storage().data_ptr():  # the reshape of a strided tensor is a copy
+            view, part = live, self.at.set(live, part.to(live.device))
         view.copy_(part)
 
 

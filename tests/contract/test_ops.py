@@ -35,6 +35,11 @@ def made(kind: str, shape: tuple[int, ...], dtype: Any = np.float32, *, at_init:
     return build.done(), w
 
 
+def shape_for(kind: str) -> tuple[int, ...]:
+    """What `init` wants: the shape of a weight, or the width of what flows through a module or an input."""
+    return (24, 16) if ops.get(kind).on == "weight" else (16,)
+
+
 def test_there_are_ops() -> None:
     assert {"dense", "assign", "sparse", "lowrank", "svd", "bilinear", "kron", "tucker", "scale_shift", "magnitude", "permute", "seeded"} <= set(WEIGHT_OPS)
 
@@ -134,7 +139,7 @@ def test_save_load_save_is_byte_identical(kind: str, tmp_path: Path) -> None:
     op = ops.get(kind)
     build = Builder(MemoryBase({"w": Generator(1).normal((24, 16))}))
     target = {"weight": "w", "module": "@module/layer", "input": "@input/embeddings"}[op.on]
-    build.put(target, kind, op.example((24, 16), Generator(2)))
+    build.put(target, kind, op.example(shape_for(kind), Generator(2)))
     delta = build.done(recipe={"verb": "test"}, notes={"when": "now"})
     id = delta.save(first := tmp_path / "a.safetensors")
     again = Delta.load(first)
@@ -146,7 +151,7 @@ def test_save_load_save_is_byte_identical(kind: str, tmp_path: Path) -> None:
 def test_missing_extra_unknown_and_misshapen_fields_are_refused(kind: str) -> None:
     op = ops.get(kind)
     target = {"weight": "w", "module": "@module/layer", "input": "@input/embeddings"}[op.on]
-    t = op.example((24, 16), Generator(2))
+    t = op.example(shape_for(kind), Generator(2))
 
     def build(fields: dict[str, Any], **cfg: Any) -> Delta:
         builder = Builder(MemoryBase({"w": Generator(1).normal((24, 16))}))

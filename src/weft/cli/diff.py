@@ -33,7 +33,7 @@ def command(out: Output, base: str, checkpoint: str, target: Path, **how: Any) -
     """
     from ..base import Base
     from ..delta import Delta
-    from ..diff import diff
+    from ..diffing import diff
 
     old, new = Base.open(base), Base.open(checkpoint)
     with out.progress("hashing the base") as progress:

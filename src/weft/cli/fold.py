@@ -11,7 +11,7 @@ from .app import argument, base, declare, option, out_folder, read_deltas, worke
 from .output import Output, amount, table
 
 if TYPE_CHECKING:
-    from ..fold import FoldReport
+    from ..folding import FoldReport
 
 
 @declare("fold")
@@ -28,7 +28,7 @@ def command(out: Output, base: str, deltas: tuple[Path, ...], target: Path, allo
       weft fold path/to/model trec.safetensors -o folded
     """
     from ..base import Base
-    from ..fold import fold
+    from ..folding import fold
 
     opened, loaded = Base.open(base), read_deltas(deltas)
     with out.progress("hashing the base") as progress:

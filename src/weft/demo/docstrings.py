@@ -7,10 +7,13 @@ taken out of the text, so that the answer has to be read from the meaning.
 from __future__ import annotations
 
 import ast
+import json
 import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+
+from .._write import write_bytes
 
 PACKAGES = (
     "asyncio",
@@ -67,3 +70,13 @@ def rows(packages: int = 8) -> list[dict[str, str]]:
 def split(data: list[dict[str, str]], every: int = 4) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """(train, test): every fourth row of the list is a test row, so each package keeps its share."""
     return [row for i, row in enumerate(data) if i % every], [row for i, row in enumerate(data) if not i % every]
+
+
+def write(folder: Path) -> dict[str, Path]:
+    """Write first.jsonl and second.jsonl (halves of the training rows) and test.jsonl into `folder`; return their paths."""
+    train, test = split(rows())
+    parts = {"first": train[::2], "second": train[1::2], "test": test}
+    paths = {name: folder / f"{name}.jsonl" for name in parts}
+    for name, part in parts.items():
+        write_bytes(paths[name], "".join(json.dumps(row) + "\n" for row in part).encode())
+    return paths

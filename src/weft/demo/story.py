@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from .._write import write_bytes
+from ..errors import WeftError
 from . import docstrings, minilm
 
 Say = Callable[[str], None]
 
 
-def run(out: str | Path = "weft-demo", say: Say = print, *, seed: int = 0) -> dict[str, Any]:
+def run(out: str | Path = "weft-demo", say: Say = print, *, progress: Callable[[dict[str, Any]], None] | None = None, seed: int = 0) -> dict[str, Any]:
     """Tell the story, with all files in the folder `out` (made anew inside if it exists). Returns the figures.
 
-    say: called with each line of the story
+    say:      called with each line of the story
+    progress: called with the events of the two tuning runs (see `weft.tune`)
     """
     import weft
 
@@ -34,14 +36,15 @@ def run(out: str | Path = "weft-demo", say: Say = print, *, seed: int = 0) -> di
     base = weft.Base.open(model_path)
     say(f"base      all-MiniLM-L6-v2, {sum(t.nbytes for t in base.tensors.values()) / 1e6:.0f} MB, fingerprint {str(base.fingerprint)[:12]}")
 
-    files = write_data(out)
+    files = docstrings.write(out)
     counts = {name: sum(1 for _ in path.open()) for name, path in files.items()}
     say(f"data      docstrings of the standard library: {counts['first']} + {counts['second']} to learn from, {counts['test']} to be asked about")
 
     deltas = {}
     for name in ("first", "second"):
         start = time.perf_counter()
-        deltas[name] = weft.tune(base, files[name], method="lora", objective="classification", seed=seed, out=out / f"{name}.safetensors")
+        path = out / f"{name}.safetensors"
+        deltas[name] = weft.tune(base, files[name], method="lora", objective="classification", seed=seed, out=path, progress=progress)
         say(f"tune      {name}.safetensors  {deltas[name].nbytes / 1e6:.2f} MB, id {deltas[name].id[:12]}, {time.perf_counter() - start:.0f} s")
     first, second = deltas["first"], deltas["second"]
 
@@ -78,16 +81,6 @@ def run(out: str | Path = "weft-demo", say: Say = print, *, seed: int = 0) -> di
     return figures
 
 
-def write_data(out: Path) -> dict[str, Path]:
-    """Write first.jsonl, second.jsonl (halves of the training rows) and test.jsonl into `out`; return their paths."""
-    train, test = docstrings.split(docstrings.rows())
-    parts = {"first": train[::2], "second": train[1::2], "test": test}
-    paths = {name: out / f"{name}.jsonl" for name in parts}
-    for name, rows in parts.items():
-        write_bytes(paths[name], "".join(json.dumps(row) + "\n" for row in rows).encode())
-    return paths
-
-
 def fresh(folder: Path) -> Path:
     """`folder`, without what an earlier demo left there."""
     import shutil
@@ -113,7 +106,7 @@ def back_and_forth(base: Any, first: Any, second: Any) -> int:
     weft.detach(model, second)
     after = state(model)
     if before.keys() != after.keys():
-        raise RuntimeError("detaching changed the names of the model's tensors")
+        raise WeftError("detaching changed the names of the model's tensors")
     return sum(differing_bits(before[name], after[name]) for name in before if hashlib.sha256(before[name]).digest() != hashlib.sha256(after[name]).digest())
 
 

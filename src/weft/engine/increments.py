@@ -23,7 +23,7 @@ from .. import xp
 from ..base import Base
 from ..delta import BaseTensor, Change, Delta, Entry, merge_patches
 from ..errors import InputError, MismatchError, UsageError
-from ..fold import _with_tied
+from ..folding import with_tied
 from ..ops import chain
 from ..ops import get as op_named
 from ..ops.spec import Json, OpEntry
@@ -344,7 +344,7 @@ class Increments:
         """Where one update names a stored copy of a tied tensor that another changes by a name of its own, both change both."""
         for model, mine in zip(self._models, claims, strict=True):
             if isinstance(model, _Update) and model.delta.tied:
-                for name, entry in _with_tied(base, model.delta).items():
+                for name, entry in with_tied(base, model.delta).items():
                     if name in named and name not in mine:
                         model.entries[name] = entry
                         mine[name] = Target(name, entry.dtype, entry.shape, entry.base, entry.change)

@@ -95,7 +95,7 @@ def merge(
         merged.save(Path(out))
         return Delta.load(Path(out))
     if into is not None and root is not None:
-        from ..fold import fold
+        from ..folding import fold
 
         return fold(root, [*models.start, merged], Path(into), threads=workers, block=block)
     return merged

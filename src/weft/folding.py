@@ -213,7 +213,7 @@ def _joined(base: Base, deltas: Sequence[Delta]) -> tuple[dict[str, Entry], dict
     for number, delta in enumerate(deltas):
         names = {key: f"{number}/{key}" for key in delta.tensors}
         tensors |= {names[key]: tensor for key, tensor in delta.tensors.items()}
-        for target, entry in _with_tied(base, delta).items():
+        for target, entry in with_tied(base, delta).items():
             entry = replace(entry, ops=tuple(op.renamed(names) for op in entry.ops))
             _fits(base, target, entry)
             before = entries.get(target)
@@ -229,7 +229,7 @@ def _kind(entry: Entry) -> str:
     return f"{entry.change.kind} of {entry.dtype or 'nothing'} {list(entry.shape)}" + (f" from {entry.change.source}" if entry.change.source else "")
 
 
-def _with_tied(base: Base, delta: Delta) -> dict[str, Entry]:
+def with_tied(base: Base, delta: Delta) -> dict[str, Entry]:
     """The delta's entries, with those for the other stored copies of a tied tensor that it changes."""
     entries = dict(delta.entries)
     for group in delta.tied:
