@@ -16,7 +16,7 @@ test: lint
 	$(BIN)/python -m coverage erase
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=
 	$(BIN)/python -m coverage report --skip-covered | tail -n 40
-	$(BIN)/python -m coverage report --fail-under=95 --include='src/weft/ops/*,src/weft/delta.py,src/weft/file.py,src/weft/base.py,src/weft/attach.py,src/weft/folding.py'
+	$(BIN)/python -m coverage report --fail-under=95 --include='src/weft/ops/*,src/weft/delta.py,src/weft/file.py,src/weft/base.py,src/weft/attaching/*,src/weft/folding.py'
 
 test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"

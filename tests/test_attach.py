@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from weft import xp
-from weft._swap import Attached
-from weft.attach import attach, attached, check_ran, detach, handles, probe
+from weft.attaching import attach, attached, check_ran, detach, handles, probe
+from weft.attaching.swap import Attached
 from weft.base import Base
 from weft.delta import Builder, Delta
 from weft.errors import MismatchError, UsageError, WeftError

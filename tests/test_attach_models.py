@@ -12,7 +12,7 @@ import torch
 import transformers as hf
 from torch import nn
 
-from weft.attach import attach, attached, check_ran, detach, handles, probe
+from weft.attaching import attach, attached, check_ran, detach, handles, probe
 from weft.base import Base
 from weft.delta import Builder, Delta
 from weft.errors import FormatError, MismatchError, WeftError

@@ -298,6 +298,49 @@ def adapter_folder(folder: Path, tensors: dict[str, Any], **config: Any) -> Path
     return folder
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_resized_vocabulary_comes_with_the_adapter(tied: bool, tmp_path: Path) -> None:
+    model = saved(lambda: llama(tie_word_embeddings=tied), tmp_path / "base")
+    base = Base.open(tmp_path / "base")
+    model.resize_token_embeddings(66, mean_resizing=False)
+    model = randomised(peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"])))
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    delta = import_peft(tmp_path / "adapter", base)
+    assert delta.config == {"vocab_size": 66} and delta.entries["model.embed_tokens.weight"].change.kind == "replace"
+    result = folded(base, delta, tmp_path / "folded")
+    torch.testing.assert_close(logits(result, IDS + 5), logits(model, IDS + 5), atol=1e-5, rtol=1e-5)
+    with pytest.raises(MismatchError, match="a replace entry changes the model's structure"):
+        export(delta, tmp_path / "again", base)
+
+
+def test_a_model_of_ones_own(tmp_path: Path) -> None:
+    """A checkpoint without a config: the model is given."""
+    torch.manual_seed(6)
+    plain = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 6))
+    (tmp_path / "base").mkdir()
+    save_file(plain.state_dict(), tmp_path / "base" / "model.safetensors")
+    base, x = Base.open(tmp_path / "base"), torch.arange(8)
+    model = randomised(peft.get_peft_model(plain, peft.LoraConfig(r=2, target_modules=["0", "2"])))
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(InputError, match="cannot build the model"):
+        import_peft(tmp_path / "adapter", base)
+    fresh = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 6))
+    delta = import_peft(tmp_path / "adapter", base, model=fresh)
+    fresh.load_state_dict(
+        {
+            name: torch.from_numpy(np.array(delta.apply(name, base.tensor(name).read())))
+            if name in delta.entries
+            else torch.from_numpy(np.array(base.tensor(name).read()))
+            for name in base.names
+        }
+    )
+    torch.testing.assert_close(fresh(x), model(x), atol=1e-5, rtol=1e-5)
+    fresh.load_state_dict(load_file(tmp_path / "base" / "model.safetensors"))
+    export(delta, tmp_path / "again", base, model=fresh)
+    torch.testing.assert_close(peft.PeftModel.from_pretrained(fresh, tmp_path / "again").eval()(x), model(x), atol=1e-5, rtol=1e-5)
+
+
 # --- more ways out
 
 Q, DOWN, UP = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "model.layers.0.mlp.up_proj"
@@ -406,6 +449,10 @@ def test_entries_that_no_adapter_has_are_refused(base: Base, tmp_path: Path) -> 
     build.remove("model.layers.1.mlp.up_proj.weight")
     with pytest.raises(MismatchError, match="a remove entry changes the model's structure"):
         export(build.done(recipe={"verb": "test"}), tmp_path / "out", base)
+    only = Builder(base)
+    only.put("model.norm.weight", "dense", {"values": gen.normal((32,))})
+    with pytest.raises(MismatchError, match="no low-rank change"):
+        export(only.done(recipe={"verb": "test"}), tmp_path / "out", base)
     tokens = Builder(base)
     tokens.put("model.embed_tokens.weight", "assign", {"index": np.arange(32), "values": gen.normal((32,))})
     with pytest.raises(MismatchError, match="assign is not a low-rank product"):

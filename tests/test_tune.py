@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from weft import config, methods
-from weft.attach import attach, detach
+from weft.attaching import attach, detach
 from weft.base import Base
 from weft.delta import Delta
 from weft.engine.events import Event

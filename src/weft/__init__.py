@@ -20,8 +20,8 @@ _WHERE = {
     "Base": "base",
     "Delta": "delta",
     "Builder": "delta",
-    "attach": "attach",
-    "detach": "attach",
+    "attach": "attaching",
+    "detach": "attaching",
     "fold": "folding",
     "diff": "diffing",
     "tune": "tuning",
@@ -35,7 +35,7 @@ _WHERE = {
 __all__ = ["Base", "Builder", "Delta", "attach", "detach", "diff", "evaluate", "export", "fold", "generate", "import_peft", "merge", "tune"]
 
 if TYPE_CHECKING:
-    from .attach import attach, detach
+    from .attaching import attach, detach
     from .base import Base
     from .checking import evaluate, generate
     from .delta import Builder, Delta

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from ..attach import Mode
+    from ..attaching import Mode
     from ..base import Base
     from ..delta import Delta
 
@@ -58,7 +58,7 @@ def evaluate(
     max_length: in tokens; longer rows are cut, `truncated` counts them
     device:     default: an accelerator if there is one
     dtype:      what the model runs in; default: the checkpoint's
-    mode:       how deltas are attached, see `weft.attach.attach`
+    mode:       how deltas are attached, see `weft.attach`
 
     Rows go through the model sorted by length. UsageError if the model has no head for the data, InputError for rows
     that do not fit, MismatchError for deltas that do not.

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..attach import Mode, attach, check_ran
+from ..attaching import Mode, attach, check_ran
 from ..base import Base
 from ..delta import Delta
 from ..engine.data import Example, padded

@@ -65,7 +65,6 @@ class Adapter:
     parts: tuple[Part, ...]
     values: Mapping[str, Tensor]
     tokens: Mapping[str, Tensor]
-    keys: tuple[str, ...]
 
     @classmethod
     def read(cls, folder: str | Path) -> Adapter:
@@ -97,7 +96,7 @@ class Adapter:
         if half:
             raise FormatError(f"{folder / WEIGHTS}: A and B come together, but one is missing beside {some(half)}")
         parts = tuple(_part(module, depth, keys, tensors) for (module, depth), keys in found.items())
-        return cls(folder, config, parts, values, tokens, tuple(tensors))
+        return cls(folder, config, parts, values, tokens)
 
     def rank(self, key: str) -> int:
         """The rank that the config gives to the module (or parameter) `key`."""

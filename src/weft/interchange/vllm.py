@@ -119,7 +119,7 @@ def probe(folder: str | Path, base: Base, *, inputs: Mapping[str, Any] | None = 
     """
     import torch
 
-    from ..attach import attach, detach
+    from ..attaching import attach, detach
     from .live import Live
     from .reader import import_peft
 

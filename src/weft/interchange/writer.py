@@ -128,8 +128,8 @@ def export(
     if to == "vllm":
         loras, largest = _one_rank(loras)
     else:
-        largest = max((lora.rank for lora in loras), default=0)
-    tensors, settings = _adapter(loras, saved, biases, live, served_name or base.source, largest)
+        largest = max(lora.rank for lora in loras)
+    tensors, settings = _adapter(loras, saved, biases, live, served_name or base.source)
     write(out, settings, tensors)
     folder, modules = Path(out), tuple(lora.key for lora in loras)
     if to == "peft":
@@ -210,7 +210,7 @@ def _one_rank(loras: Sequence[_Lora]) -> tuple[list[_Lora], int]:
     """All factors at the largest rank, their scales inside B: vLLM knows one rank and drops patterns."""
     import numpy as np
 
-    largest = max((lora.rank for lora in loras), default=1)
+    largest = max(lora.rank for lora in loras)
     if largest > RANKS[-1]:
         raise MismatchError(f"vLLM serves ranks up to {RANKS[-1]}, this delta needs {largest}", hint="give rank=, or `weft fold` it")
     out = []
@@ -226,7 +226,7 @@ def _one_rank(loras: Sequence[_Lora]) -> tuple[list[_Lora], int]:
 
 
 def _adapter(
-    loras: Sequence[_Lora], saved: Mapping[str, Mapping[str, Array]], biases: Mapping[str, Array], live: Live, name: str, largest: int
+    loras: Sequence[_Lora], saved: Mapping[str, Mapping[str, Array]], biases: Mapping[str, Array], live: Live, name: str
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors by key, and the config."""
     import numpy as np
@@ -246,7 +246,7 @@ def _adapter(
     for bias, value in biases.items():
         module = bias.rpartition(".")[0]
         tensors[f"{PREFIX}{module}.base_layer.bias" if module in carrying else f"{PREFIX}{bias}"] = value
-    settings = _ranks(loras, largest) | {
+    settings = _ranks(loras) | {
         "peft_type": "LORA",
         "base_model_name_or_path": name,
         "bias": ("lora_only" if {bias.rpartition(".")[0] for bias in biases} <= carrying else "all") if biases else "none",
@@ -265,10 +265,9 @@ def _adapter(
     return {key: hold(np.ascontiguousarray(value)) for key, value in tensors.items()}, settings
 
 
-def _ranks(loras: Sequence[_Lora], largest: int) -> dict[str, Any]:
+def _ranks(loras: Sequence[_Lora]) -> dict[str, Any]:
     """The most common rank and alpha for all, patterns for the others. alpha = scale * r."""
-    pairs = [(lora.rank, _alpha(lora)) for lora in loras]
-    rank, alpha = Counter(pairs).most_common(1)[0][0] if pairs else (max(largest, 1), max(largest, 1))
+    rank, alpha = Counter((lora.rank, _alpha(lora)) for lora in loras).most_common(1)[0][0]
     exact = {lora.key: "^" + re.escape(lora.key).replace(r"\_", "_") for lora in loras}
     return {
         "r": rank,

@@ -107,7 +107,7 @@ class Op:
         """The same on activations: from module m's input x and output y so far, the new output.
 
         Called only where `fast(m, param, cfg)` is true, or for ops on modules and inputs. `ctx.param` names the
-        parameter changed; see `weft.attach.Context` for the rest.
+        parameter changed; see `weft.attaching.Context` for the rest.
         """
         raise NotImplementedError
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .. import __version__, config, methods, xp
-from ..attach import attach, detach, probe
+from ..attaching import attach, detach, probe
 from ..base import Base, LiveBase
 from ..delta import Builder, Delta
 from ..engine.data import data_hash, read_rows, tokenizer_hash

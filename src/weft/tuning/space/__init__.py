@@ -30,7 +30,7 @@ from ...sites import Site, sites
 if TYPE_CHECKING:
     import msgspec
 
-    from ...attach import Handle
+    from ...attaching import Handle
     from ...base import Base
     from ...names import NameMap
 

@@ -1,7 +1,7 @@
 """How a module runs while deltas are attached: the hidden tensors, and the three ways through `forward`.
 
-`weft._plan` decides what runs where and writes it down as a `Plan` for each module; this file carries plans out, and
-`weft._swap` makes modules run them.
+`weft.attaching.plan` decides what runs where and writes it down as a `Plan` for each module; this file carries plans out, and
+`weft.attaching.swap` makes modules run them.
 
 * fast:       y = the module's own forward; then each op changes y.
 * functional: w' = the ops on w in float32, given to the functional of a Linear, Conv1D, Embedding or convolution.
@@ -20,10 +20,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .errors import WeftError
-from .ops import chain, layout
-from .ops.op import Op
-from .ops.spec import At, OpEntry
+from ..errors import WeftError
+from ..ops import chain, layout
+from ..ops.op import Op
+from ..ops.spec import At, OpEntry
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 """Modules that take every child for one of theirs: nothing can be registered on them."""

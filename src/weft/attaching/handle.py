@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from . import xp
-from ._live import CONTAINERS, MODULE_OP, Tensors
-from ._swap import hub_of
-from ._targets import Spot, Target
-from .delta import INPUT, MODULE, SHARED, Delta, Entry
-from .errors import UsageError
-from .ops import chain
-from .ops import get as op_named
-from .ops.spec import OpEntry
-from .stored import FLOATS, Tensor, hold
+from .. import xp
+from ..delta import INPUT, MODULE, SHARED, Delta, Entry
+from ..errors import UsageError
+from ..ops import chain
+from ..ops import get as op_named
+from ..ops.spec import OpEntry
+from ..stored import FLOATS, Tensor, hold
+from .live import CONTAINERS, MODULE_OP, Tensors
+from .swap import hub_of
+from .targets import Spot, Target
 
 if TYPE_CHECKING:
-    from ._plan import State
+    from .plan import State
 
 
 @dataclass(eq=False)

@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import nn
 
-from ._live import Deltas, Plan, Tensors, run
-from .errors import MismatchError, WeftError
+from ..errors import MismatchError, WeftError
+from .live import Deltas, Plan, Tensors, run
 
 
 class Attached:

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from . import xp
-from ._live import tensor_of
-from .delta import Delta, Entry
-from .errors import MismatchError
-from .ops import chain
-from .ops.spec import At, OpEntry
-from .stored import Tensor, hold
+from .. import xp
+from ..delta import Delta, Entry
+from ..errors import MismatchError
+from ..ops import chain
+from ..ops.spec import At, OpEntry
+from ..stored import Tensor, hold
+from .live import tensor_of
 
 if TYPE_CHECKING:
-    from .base import Base
-    from .names import NameMap
+    from ..base import Base
+    from ..names import NameMap
 
 BUILD = "build the model with room for it: base.model([delta])"
 

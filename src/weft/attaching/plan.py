@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ._handle import Handle, Weight
-from ._live import CONTAINERS, FUSED, INPUT_OP, MODULE_OP, Context, Piece, Plan, Run, Shadow, Step, Tensors, exact_layout
-from ._swap import hub_of, install, original_class, require_plain, require_unparametrized, require_unsharded
-from ._targets import Beneath, Spot, Target, Targets
-from .base import Base
-from .delta import INPUT, MODULE, Delta
-from .errors import MismatchError, UsageError, WeftError, near
-from .ops import chain
-from .ops import get as op_named
-from .ops.spec import OpEntry
+from ..base import Base
+from ..delta import INPUT, MODULE, Delta
+from ..errors import MismatchError, UsageError, WeftError, near
+from ..ops import chain
+from ..ops import get as op_named
+from ..ops.spec import OpEntry
+from .handle import Handle, Weight
+from .live import CONTAINERS, FUSED, INPUT_OP, MODULE_OP, Context, Piece, Plan, Run, Shadow, Step, Tensors, exact_layout
+from .swap import hub_of, install, original_class, require_plain, require_unparametrized, require_unsharded
+from .targets import Beneath, Spot, Target, Targets
 
 if TYPE_CHECKING:
-    from .names import NameMap
+    from ..names import NameMap
 
 
 @dataclass(eq=False)
@@ -64,7 +64,7 @@ class State:
     # --- adding and removing
 
     def add(self, deltas: Sequence[Delta], base: Base | None, names: NameMap | None, mode: str, trainable: bool) -> list[Handle]:
-        from .names import NameMap
+        from ..names import NameMap
 
         require_unsharded(self.model)
         live_base = base if base is not None else Base.of(self.model)

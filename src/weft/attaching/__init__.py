@@ -21,15 +21,15 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import nn
 
-from ._handle import Handle
-from ._live import Context, watching
-from ._plan import State
-from .base import Base
-from .delta import Delta
-from .errors import UsageError, WeftError, near
+from ..base import Base
+from ..delta import Delta
+from ..errors import UsageError, WeftError, near
+from .handle import Handle
+from .live import Context, watching
+from .plan import State
 
 if TYPE_CHECKING:
-    from .names import NameMap
+    from ..names import NameMap
 
 __all__ = ["Context", "Handle", "attach", "attached", "check_ran", "detach", "handles", "probe"]
 
@@ -115,7 +115,7 @@ def check_ran(model: nn.Module, *, error: bool = True) -> None:
         return
     message = f"{len(missed)} attached ops did not run: {', '.join(missed[:8])}{', ...' if len(missed) > 8 else ''}"
     if error:
-        raise WeftError(message, hint='weft.attach.probe(model, run) finds who reads the weight; or attach with mode="materialised"')
+        raise WeftError(message, hint='weft.attaching.probe(model, run) finds who reads the weight; or attach with mode="materialised"')
     warnings.warn(message, stacklevel=2)
 
 
