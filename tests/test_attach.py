@@ -982,3 +982,42 @@ class Fingerprinted:
 
     def __init__(self, base: Any) -> None:
         self.layout = base.layout
+
+
+def test_what_ran_before_a_delta_came_does_not_count_for_it() -> None:
+    model, x = Net(nn.Linear(8, 4)), floats(3, 8)
+    first, second = (random_delta(model, {"m.weight": ["lowrank"]}, seed=seed) for seed in (1, 2))
+    one = attach(model, first, mode="functional")
+    model(x)
+    assert one.unused() == []
+    two = attach(model, second, mode="functional")
+    assert two.unused() == ["m.weight"] and two.ran() == []
+    with pytest.raises(WeftError, match="did not run"):
+        check_ran(model)
+    two.active = False
+    model(x)
+    assert one.unused() == [] and two.unused() == []
+    two.active = True
+    assert two.unused() == ["m.weight"]
+    model(x)
+    assert two.unused() == [] and one.unused() == []
+
+
+def test_dropout_that_does_nothing_is_said() -> None:
+    model = Net(nn.Linear(8, 4))
+    chain = attach(model, random_delta(model, {"m.weight": ["lowrank", "magnitude"]}), trainable=True)
+    with pytest.warns(UserWarning, match=r"dropout does nothing for 1 targets.*m\.weight"):
+        chain.dropout = 0.5
+    chain.dropout = 0.0
+    detach(model)
+    others = attach(model, random_delta(model, {"m.weight": ["kron"], "m.bias": ["dense"]}), trainable=True)
+    others.dropout = 0.5  # ops without dropout have none to lose
+
+
+def test_attach_takes_objects_and_not_paths() -> None:
+    model = Net(nn.Linear(8, 4))
+    delta = random_delta(model, {"m.weight": ["lowrank"]})
+    for deltas, base in (("a.safetensors", None), ([delta, "a.safetensors"], None), (delta, "a.safetensors")):
+        with pytest.raises(UsageError, match=r"a\.safetensors") as error:
+            attach(model, deltas, base=base)  # type: ignore[call-overload]
+        assert "Delta.load" in error.value.hint and "Base.open" in error.value.hint

@@ -276,8 +276,8 @@ def test_progress_ends_at_the_whole(tmp_path: Path) -> None:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shapes of the tensors that were really hashed, in order."""
     seen: list[tuple[int, ...]] = []
-    real = module._digest
-    monkeypatch.setattr(module, "_digest", lambda tensor: (seen.append(tensor.shape), real(tensor))[1])
+    real = module.digest
+    monkeypatch.setattr(module, "digest", lambda tensor: (seen.append(tensor.shape), real(tensor))[1])
     return seen
 
 
@@ -396,6 +396,7 @@ MERGES = [
     ({"e": None}, {"a": 1}, {"e": None, "a": 1}),
     ([1, 2], {"a": "b", "c": None}, {"a": "b"}),
     ({}, {"a": {"bb": {"ccc": None}}}, {"a": {"bb": {}}}),
+    ({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": None, "e": 4}, "d": {"f": 5}}, {"a": {"c": 2, "e": 4}, "d": {"f": 5}}),
 ]
 
 

@@ -120,7 +120,7 @@ def test_a_model_without_the_head_is_refused(made: Made) -> None:
     assert "--objective classification" in error.value.hint
     with pytest.raises(UsageError, match=r"LlamaForCausalLM .* no head"):
         predict(made.llama, [], ["how"])
-    with pytest.raises(UsageError, match=r"BertForSequenceClassification .* next tokens"):
+    with pytest.raises(UsageError, match=r'BertForSequenceClassification .* next tokens, which rows of \{"text"\} ask for'):
         evaluate(made.bert, made.head, [{"text": "how many"}])
 
 
@@ -171,6 +171,7 @@ def test_what_is_too_long_is_cut_and_counted(made: Made) -> None:
 def test_rows_that_cannot_be_measured(made: Made) -> None:
     for data, words in (
         ([{"text": "how many"}, {"text": "how"}], "row 1 .* no token to predict"),
+        ([{"text": "how"}, {"text": "how many"}, {"text": "who"}], r"2 rows \(0, 2\) .* no token to predict"),
         ([{"text": "how many"}, {"prompt": "how", "completion": "many"}], "mixes completion and text"),
         ([{"prompt": "how", "completion": ""}], "row 0 .* no token to predict"),
         ([{"question": "how"}], "row 0 .* 'question'"),
@@ -178,6 +179,20 @@ def test_rows_that_cannot_be_measured(made: Made) -> None:
     ):
         with pytest.raises(InputError, match=words):
             evaluate(made.llama, [], data)
+
+
+def test_an_end_token_that_the_tokenizer_appends_is_no_part_of_a_prompt(made: Made, tmp_path: Path) -> None:
+    from shutil import copytree
+
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = AutoTokenizer.from_pretrained(copytree(made.llama, tmp_path / "closing"))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A [SEP]", special_tokens=[("[SEP]", 3)])
+    tokenizer.save_pretrained(tmp_path / "closing")
+    assert AutoTokenizer.from_pretrained(tmp_path / "closing")("how")["input_ids"][-1] == tokenizer.eos_token_id
+    assert generate(tmp_path / "closing", [], "how many", max_new_tokens=8) == generate(made.llama, [], "how many", max_new_tokens=8) != ""
+    with pytest.raises(UsageError, match="no tokens"):
+        generate(tmp_path / "closing", [], "")
 
 
 def test_an_infinite_perplexity_is_no_number() -> None:
@@ -247,7 +262,7 @@ def test_minilm_from_tune_to_fold(tmp_path: Path) -> None:
     from weft.demo import minilm
     from weft.demo.docstrings import rows
 
-    chosen = [row for row in rows() if row["label"] in ("email", "unittest")]
+    chosen = [row for row in rows() if row["label"] in ("email", "logging")]
     for name, part in (("train", chosen[0::2]), ("test", chosen[1::2])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part[:60] + part[-60:]))
     base, delta, folded = str(minilm()), str(tmp_path / "t.safetensors"), str(tmp_path / "folded")

@@ -173,6 +173,31 @@ def test_errors(words: list[str], code: int, expected: list[str], weft: Run, tmp
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_is_no_delta_and_the_hint_says_what_to_do(weft: Run, llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    for folder, hint in ((llama, f"weft diff BASE {llama}"), (tmp_path / "adapter", "weft import"), (tmp_path, "")):
+        said = weft("show", folder)
+        assert said.code == 3 and f"{folder} is a folder" in said.err and hint in said.err and ("try:" in said.err) is bool(hint)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:4096"])
+def test_a_device_that_is_not_there_is_wrong_usage(device: str, weft: Run, llama: Path, tmp_path: Path) -> None:
+    data = rows(tmp_path / "t.jsonl", {"text": "how many is it"})
+    for words in (["eval", llama, "--data", data], ["generate", llama, "--prompt", "how"]):
+        said = weft(*words, "--device", device)
+        assert said.code == 2 and repr(device) in said.err and "this machine has cpu" in said.err, said.err
+
+
+def test_the_next_command_can_be_pasted(weft: Run, llama: Path, tmp_path: Path) -> None:
+    from shlex import split
+
+    (tmp_path / "my files").mkdir()
+    delta = tiny.lowrank(llama, tmp_path / "my files" / "it's.safetensors")
+    said = weft("verify", delta, "--base", llama)
+    assert split(said.err.removeprefix("next: ")) == ["weft", "fold", str(llama), str(delta), "-o", "DIR"]
+
+
 def test_errors_as_json_are_one_line_on_stderr(weft: Run, tmp_path: Path) -> None:
     for words, code, kind in ((["show", tmp_path / "nowhere"], 3, "InputError"), (["show"], 2, "UsageError"), (["shw"], 2, "UsageError")):
         said = weft(*words, "--format", "json")
@@ -353,6 +378,13 @@ def test_methods_by_verb_kind_and_name(weft: Run) -> None:
     assert "-p density=" in ties and "arXiv" in ties and "lora" not in ties
     both = weft("methods", "linear", "--format", "json").data["methods"]  # a schedule, and a way to merge
     assert {record["kind"] for record in both} == {"schedule", "merge"}
+
+
+def test_methods_shows_defaults_as_they_are_typed_and_near_misses(weft: Run) -> None:
+    lora = weft("methods", "lora").out
+    assert '["all-linear"]' in lora and "false" in lora and "False" not in lora
+    said = weft("methods", "quantise")
+    assert said.code == 2 and "lora" in said.err and "federate" not in said.err  # kinds without a method are not offered
 
 
 def test_methods_as_markdown_is_the_generated_page(weft: Run) -> None:
@@ -538,6 +570,19 @@ def test_export_for_vllm_is_probed_and_says_what_was_left_out(weft: Run, llama: 
     assert record["rank"] == 2 and record["residual"] == {} and record["probe"] is None and record["id"] == Delta.load(style).id
 
 
+def test_what_vllm_would_not_serve_is_exit_3_with_every_problem(weft: Run, llama: Path, style: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from weft.interchange import vllm
+
+    monkeypatch.setattr(vllm, "_lint_files", lambda folder: ["nobody may read it", "nor enter it"])
+    command = ["export", style, "--base", llama, "--to", "vllm"]
+    said = weft(*command, "-o", tmp_path / "served")
+    assert said.code == 3 and "nobody may read it" in said.err and "nor enter it" in said.err and "next:" not in said.err
+    assert "wrote" in said.out and (tmp_path / "served" / "adapter_config.json").is_file()
+    said = weft(*command, "-o", tmp_path / "again", "--format", "json")
+    assert said.code == 3 and json.loads(said.out)["problems"] == ["nobody may read it", "nor enter it"]
+    assert json.loads(said.err)["error"]["exit_code"] == 3
+
+
 def test_import_and_export_refuse(weft: Run, llama: Path, bert: Path, head: Path, style: Path, tmp_path: Path) -> None:
     said = weft("import", tmp_path, "--base", llama, "-o", tmp_path / "a.safetensors")
     assert said.code == 3 and "adapter_config.json" in said.err
@@ -553,7 +598,7 @@ def test_demo_tells_its_story(weft: Run, tmp_path: Path, monkeypatch: pytest.Mon
 
     story = ModuleType("weft.demo.story")
 
-    def run(out: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    def run(out: Path, say: Callable[[str], None], *, progress: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
         say(f"once in {out}")
         return {"accuracy": 0.9}
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from tests.conftest import MemoryBase
-from weft.delta import BaseTensor, Builder, Change, Delta, Entry, merge_patches, patched
+from weft import xp
+from weft.delta import BaseTensor, Builder, Change, Delta, Entry, merge_patches
 from weft.errors import FormatError, InputError, MismatchError
-from weft.ops import Generator, OpEntry, Ref, Term
+from weft.ops import Generator, OpEntry, Ref, Term, chain
 
 GEN = Generator(99)
 BASE = MemoryBase({"a": GEN.normal((6, 4)), "b": GEN.normal((6, 4)), "c": GEN.normal((4,)), "n": np.arange(3)})
@@ -215,8 +216,7 @@ def test_blobs_are_kept_and_need_no_op(tmp_path: Path) -> None:
     assert "blob" in " ".join((2.0 * Delta.load(path)).tensors)
 
 
-def test_config_patches() -> None:
-    assert patched({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": None, "e": 4}, "d": {"f": 5}}) == {"a": {"c": 2, "e": 4}, "d": {"f": 5}}
+def test_config_patches_are_joined_where_they_agree() -> None:
     assert merge_patches({"a": {"b": 1}}, {"a": {"c": 2}, "d": 3}) == {"a": {"b": 1, "c": 2}, "d": 3}
     with pytest.raises(MismatchError, match=r"config\.a\.b"):
         merge_patches({"a": {"b": 1}}, {"a": {"b": 2}})
@@ -228,3 +228,64 @@ def test_a_file_name_that_is_no_delta_and_a_manifest_that_is_no_json(tmp_path: P
     with pytest.raises(InputError, match="cannot be written as JSON"):
         lowrank(recipe={"seed": 2**60}).save(tmp_path / "x.safetensors")
     assert list(tmp_path.iterdir()) == [] and "lowrank" not in repr(lowrank()) and "1 targets" in repr(lowrank())
+
+
+def test_a_group_inside_a_sum_is_taken_whole_too() -> None:
+    build = Builder(BASE)
+    perm = build.share("perm", np.array([5, 4, 3, 2, 1, 0]))
+    for target in ("a", "b"):
+        build.put(target, "permute", {"perm": perm}, group="res")
+    half = 0.5 * build.done()
+    assert {op.op for entry in half.entries.values() for op in entry.ops} == {"sum"}
+    with pytest.raises(MismatchError, match="taken whole or not at all"):
+        half.only(["a"])
+    assert set(half.only(["a", "b"]).entries) == {"a", "b"}
+
+
+def test_integers_take_no_arithmetic() -> None:
+    """n is I64: its new values can follow one another, but not be scaled or added, and no `sum` may say otherwise."""
+
+    def numbered(*values: int) -> Delta:
+        build = Builder(BASE)
+        build.put("n", "assign", {"values": np.array(values)})
+        return build.done()
+
+    one, two = numbered(1, 2, 3), numbered(4, 5, 6)
+    with pytest.raises(MismatchError, match=r"^n: .*I64.*scaled"):
+        _ = 2.0 * one
+    with pytest.raises(MismatchError, match=r"^n: .*I64.*added"):
+        _ = one + two
+    assert len(one.then(two).entries["n"].ops) == 2
+    entry = one.entries["n"]
+    summed = Delta(one.base, {"n": Entry((OpEntry("sum", terms=(Term(1.0, entry.ops),)),), entry.base)}, one.tensors)
+    with pytest.raises(FormatError, match="takes only `assign`, got 'sum'"):
+        summed.validate()
+
+
+def test_positions_taken_from_a_pool_cannot_outgrow_the_file(tmp_path: Path) -> None:
+    build = Builder(BASE)
+    pool, rows = build.share("pool", np.arange(8).reshape(4, 2)), build.share("rows", np.array([0, 2]))
+    build.put("a", "sparse", {"index": Ref(pool.key, rows.key, (4,)), "values": np.ones(4, np.float32)})
+    build.done().save(path := tmp_path / "d.safetensors")
+    with pytest.raises(FormatError, match=r"@shared/pool: positions are taken from a pool of one axis, got shape \[4, 2\]"):
+        Delta.load(path)
+
+
+def test_what_no_op_changes_keeps_its_bytes() -> None:
+    """Signs of zeros, infinities and NaNs with a payload, under an op that adds nothing there and under a sum of one."""
+    w = np.array([-0.0, 0.0, np.inf, -np.inf, 1.5, 0.0], np.float32)
+    w.view(np.uint32)[5] = 0x7FC12345
+    data = {"i": np.array([4]), "v": np.array([2.0], np.float32), "A": np.zeros((1, 1), np.float32), "B": np.ones((6, 1), np.float32)}
+    sparse, nothing = OpEntry("sparse", {}, {"index": Ref("i"), "values": Ref("v")}), OpEntry("lowrank", {}, {"A": Ref("A"), "B": Ref("B")})
+    want = w.copy()
+    want[4] = 2.5
+    got = chain.rewrite(w, [OpEntry("sum", terms=(Term(0.5, (sparse,)),))], data.__getitem__)
+    assert got.tobytes() == want.tobytes()
+    finite = w[:2].astype(np.float32)
+    data["B"] = data["B"][:2]
+    for dtype in (np.float32, np.float16):
+        stored = finite.astype(dtype)
+        assert chain.rewrite(stored, [nothing], data.__getitem__).tobytes() == stored.tobytes()
+        with xp.exact():
+            there = {key: xp.to_torch(value) for key, value in data.items()}
+            assert xp.to_numpy(chain.rewrite(xp.to_torch(stored), [nothing], there.__getitem__)).tobytes() == stored.tobytes()

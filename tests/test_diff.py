@@ -249,6 +249,12 @@ def test_sparse_with_a_tolerance(tmp_path: Path) -> None:
     assert isinstance(delta.tensors["w//0.index"], Computed)
 
 
+def test_checkpoints_of_other_models_are_refused(tmp_path: Path) -> None:
+    one, other = ({name: np.ones(3, np.float32)} for name in ("here", "there"))
+    with pytest.raises(MismatchError, match=r"no tensor in common: .*old \('here', \.\.\.\) and .*new \('there', \.\.\.\)"):
+        diff(save(tmp_path / "old", one), save(tmp_path / "new", other))
+
+
 def test_identical_checkpoints_are_refused(tmp_path: Path) -> None:
     arrays = weights(ml_dtypes.bfloat16) | {"nan": np.full(3, np.nan, np.float32)}
     base = save(tmp_path / "old", arrays, config={"a": 1, "transformers_version": "4"})

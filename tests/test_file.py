@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from weft import canon, file
+from weft import canon, file, stored
 from weft._write import atomic_file, atomic_folder, sweep, write_bytes
 from weft.delta import Delta
 from weft.errors import InputError, WeftError
@@ -364,3 +364,23 @@ def test_containers_from_the_reference_library_are_read(tmp_path: Path) -> None:
     for name, value in tensors.items():
         assert read[name].shape == tuple(value.shape)
         assert read[name].read().tobytes() == xp.to_numpy(value).tobytes()
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(path := tmp_path / "pipe.safetensors")
+    with pytest.raises(InputError, match="not a regular file"):
+        read_container(path)
+
+
+def test_large_tensors_are_read_in_pieces(small_delta: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, _ = read_container(small_delta)
+    whole = {name: tensor.read().tobytes() for name, tensor in tensors.items()}
+    monkeypatch.setattr(stored, "_AT_ONCE", 5)
+    again, _ = read_container(small_delta)
+    assert max(map(len, whole.values())) > 5
+    assert {name: tensor.read().tobytes() for name, tensor in again.items()} == whole
+    assert not any(tensor.read().flags.writeable for tensor in again.values())
+    longest = max(again.values(), key=lambda tensor: tensor.offset)
+    os.truncate(small_delta, longest.offset + 6)
+    with pytest.raises(InputError, match="changed while it was being read"):
+        longest.read()

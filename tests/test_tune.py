@@ -132,6 +132,17 @@ def test_the_same_seed_gives_the_same_id(folders: dict[str, Path], space: str) -
     assert {key: tensor.sha256 for key, tensor in one.tensors.items()} != {key: tensor.sha256 for key, tensor in other.tensors.items()}
 
 
+def test_autocast_computes_in_bfloat16_and_keeps_float32_weights(folders: dict[str, Path]) -> None:
+    losses: dict[bool, list[float]] = {}
+    for on in (False, True):
+        seen: list[dict[str, Any]] = []
+        delta = tune(folders["llama"], ROWS, autocast=on, steps=8, batch_size=8, lr=1e-2, progress=seen.append)
+        losses[on] = [event["loss"] for event in seen if event["event"] == "step"]
+        assert {tensor.dtype for tensor in delta.tensors.values()} == {"F32"}
+    assert losses[True] != losses[False]
+    assert losses[True] == pytest.approx(losses[False], rel=0.05) and losses[True][-1] < 0.8 * losses[True][0]
+
+
 def test_the_recipe_holds_all_that_matters(folders: dict[str, Path]) -> None:
     delta = tune(folders["llama"], ROWS, guards=["l2"], seed=5, rank=3, schedule="rex", **QUICK)
     recipe = delta.recipe

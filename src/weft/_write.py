@@ -22,7 +22,7 @@ _TMP = re.compile(r"^\..*\.(\d+)-[0-9a-f]{8}\.weft-tmp$")
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # a number that no process can have
         return False
     except OSError:  # it exists but belongs to someone else, or we cannot ask
         return True

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from . import canon
 from ._write import write_bytes
 from .errors import FormatError, InputError, MismatchError, UsageError, WeftError, near
-from .stored import FLOATS, Stored, Tensor, hold, numpy_dtype, read_container, strict_json
+from .stored import FLOATS, Stored, Tensor, digest, hold, numpy_dtype, read_container, strict_json
 
 if TYPE_CHECKING:
     import torch
@@ -151,7 +151,7 @@ class Base:
         if name not in self._sha256:
             self._recall()
         if name not in self._sha256:
-            self._sha256[name] = _digest(tensor)
+            self._sha256[name] = digest(tensor)
         return self._sha256[name]
 
     def hash_all(self, progress: Progress | None = None) -> None:
@@ -170,7 +170,7 @@ class Base:
         before = {file: _stamp(file) for file in self.files}
         done, total = 0, sum(self.tensors[name].nbytes for name in todo)
         with ThreadPoolExecutor(min(len(todo), os.cpu_count() or 1)) as pool:
-            running = {pool.submit(_digest, self.tensors[name]): name for name in todo}
+            running = {pool.submit(digest, self.tensors[name]): name for name in todo}
             try:
                 for future in as_completed(running):
                     name = running[future]
@@ -185,17 +185,23 @@ class Base:
             if _stamp(file) != before[file]:
                 self._sha256.clear()
                 raise InputError(f"{file} changed while it was being read", hint="run it again once nothing writes to it")
-            _remember(before[file], {name: self._sha256[name] for name in self._in_file(file)})
+            _remember(before[file], {name: self._sha256[name] for name in self._in_file[file]})
 
-    def _in_file(self, file: Path) -> list[str]:
-        return [name for name, tensor in self.tensors.items() if isinstance(tensor, Stored) and tensor.path == file]
+    @cached_property
+    def _in_file(self) -> dict[Path, list[str]]:
+        """The names of the tensors of each file."""
+        found: dict[Path, list[str]] = {file: [] for file in self.files}
+        for name, tensor in self.tensors.items():
+            if isinstance(tensor, Stored):
+                found[tensor.path].append(name)
+        return found
 
     def _recall(self) -> None:
         """Take over what the cache knows about the files, once."""
         if not self._recalled:
             self._recalled = True
             for file in self.files:
-                self._sha256.update(_recalled(_stamp(file), self._in_file(file)))
+                self._sha256.update(_recalled(_stamp(file), self._in_file[file]))
 
     # --- the live model
 
@@ -218,8 +224,10 @@ class Base:
         On the CPU and in the checkpoint's dtype the parameters are private maps of the files, as transformers makes them:
         writing to them does not change the files, but nobody may write into the files in place while the model lives.
         Code from the checkpoint's folder never runs. MismatchError if the model needs a tensor that neither the base nor
-        the deltas have, if a delta adds one that the model lacks, or if shapes differ.
+        the deltas have, if a delta adds one that the model lacks, or if shapes differ; UsageError for a device that is not there.
         """
+        if device is not None:
+            _require_device(device)
         config = self.config
         for delta in deltas:
             config = merge_patch(config, delta.config)
@@ -346,7 +354,7 @@ class LiveBase(Base):
 
     def sha256(self, name: str) -> str:
         """Hex sha256 of one tensor's bytes as they are now."""
-        return _digest(self.tensor(name))
+        return digest(self.tensor(name))
 
     def hash_all(self, progress: Progress | None = None) -> None:
         """Nothing: a live tensor may change at any time, so no hash of it is kept."""
@@ -387,6 +395,18 @@ def _changes(delta: Any) -> Iterator[tuple[str, Any]]:
     for name, entry in delta.entries.items():
         if entry.change is not None and not name.startswith("@"):
             yield name, entry.change
+
+
+def _require_device(device: str | torch.device) -> None:
+    """UsageError unless torch knows the device and this machine has it."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a build without CUDA
+        found = torch.accelerator.current_accelerator(check_available=True)
+        said = str(error).split("\n")[0]
+        raise UsageError(f"the device {str(device)!r} cannot be used: {said}", hint=f"this machine has cpu{f' and {found}' if found else ''}") from None
 
 
 def _some(items: Sequence[str]) -> str:
@@ -494,14 +514,6 @@ def _read_shards(files: tuple[Path, ...], index: dict[str, str] | None, where: P
 
 
 # --- hashes and their cache
-
-
-def _digest(tensor: Tensor) -> str:
-    """Hex sha256 of a tensor's bytes. (Not through `Tensor.sha256`: before Python 3.12 a cached_property computes one at a time.)"""
-    digest = hashlib.sha256()
-    for block in tensor.blocks():
-        digest.update(block)
-    return digest.hexdigest()
 
 
 _Stamp = tuple[str, int, int, int]

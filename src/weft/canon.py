@@ -15,19 +15,28 @@ def integer(digits: str) -> int | float:
     return int(digits) if len(digits) <= 17 and abs(int(digits)) <= MAX_INTEGER else float(digits)
 
 
+class Encoded(str):
+    """Text that is canonical JSON already: `dumps` writes it as it is, so a large part of several values is put into words once."""
+
+
+def encoded(value: Any) -> Encoded:
+    """A value as text that `dumps` need not write again. Raises ValueError as `dumps` does."""
+    parts: list[str] = []
+    _emit(value, parts.append)
+    return Encoded("".join(parts))
+
+
 def dumps(value: Any) -> bytes:
-    """`value` (dict, list, tuple, str, int, float, bool, None) as canonical UTF-8 JSON.
+    """`value` (dict, list, tuple, str, int, float, bool, None, `Encoded`) as canonical UTF-8 JSON.
 
     Raises ValueError for NaN, infinities, integers beyond 2^53, lone surrogates and other types.
     """
-    parts: list[str] = []
-    _emit(value, parts.append)
-    return "".join(parts).encode("utf-8")
+    return encoded(value).encode("utf-8")
 
 
 def _emit(value: Any, out: Any) -> None:
     if isinstance(value, str):
-        out(encode_basestring(value))
+        out(value if isinstance(value, Encoded) else encode_basestring(value))
     elif value is None:
         out("null")
     elif value is True:

@@ -331,6 +331,14 @@ def assign(pairs: Sequence[str], configs: Mapping[str, type[msgspec.Struct]]) ->
     for each configuration, for `make`. Raises one UsageError with every pair that is malformed, unknown, ambiguous or
     given twice.
     """
+    shared, wrong = share(pairs, configs)
+    if wrong:
+        raise _all("-p", wrong)
+    return shared
+
+
+def share(pairs: Sequence[str], configs: Mapping[str, type[msgspec.Struct]]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """As `assign`, but what is wrong is returned beside the shares, to be told together with other problems."""
     fields = {part: {option.name: None for option in options(kind)} for part, kind in configs.items()}
     everything = {name: None for names in fields.values() for name in names}
     shared: dict[str, dict[str, str]] = {part: {} for part in configs}
@@ -355,9 +363,7 @@ def assign(pairs: Sequence[str], configs: Mapping[str, type[msgspec.Struct]]) ->
             wrong.append(f"{key}: given twice ({_got(shared[owners[0]][name])} and {_got(value)})")
         else:
             shared[owners[0]][name] = value
-    if wrong:
-        raise _all("-p", wrong)
-    return shared
+    return shared, wrong
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

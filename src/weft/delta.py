@@ -10,7 +10,7 @@ Nothing here imports numpy or torch until a tensor's data is asked for.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,7 +20,7 @@ from .errors import FormatError, InputError, MismatchError
 from .ops import chain
 from .ops import get as op_named
 from .ops.spec import At, Json, OpEntry, Ref, Term, _fields, _text, sizes
-from .stored import ITEMSIZE, Tensor, hold
+from .stored import FLOATS, ITEMSIZE, Tensor, hold
 
 if TYPE_CHECKING:
     import numpy as np
@@ -172,8 +172,11 @@ class Delta:
 
     @property
     def id(self) -> str:
-        """sha256 (hex) of the canonical JSON of `manifest()`."""
-        return hashlib.sha256(canon.dumps(self.manifest())).hexdigest()
+        """sha256 (hex) of the canonical JSON of `manifest()`, computed once: reading all tensors, unless their hashes are known."""
+        known = self.__dict__.get("_id")
+        if known is None:
+            known = self.__dict__["_id"] = hashlib.sha256(canon.dumps(self.manifest())).hexdigest()
+        return str(known)
 
     @property
     def nbytes(self) -> int:
@@ -290,10 +293,15 @@ class Delta:
                 size, positions = self.tensors[ref.key].shape[0], self.get(ref.take)
                 if positions.size and not (positions.min() >= 0 and positions.max() < size):
                     raise ValueError(f"{ref.take}: positions must be within 0..{size - 1}")
-        index = {f: chain.gathered(r, self.get) for f, r in op.t.items() if self.tensors[r.key].dtype in ("I64", "I32")}
-        if index and op.op != chain.SUM:
-            found = op_named(op.op)
-            found.check_values(view, found.config(op.cfg), index)
+        if op.op == chain.SUM:
+            return
+        found = op_named(op.op)
+        index = {f: r for f, r in op.t.items() if self.tensors[r.key].dtype in ("I64", "I32") and not (found.raw and f == "values")}
+        for ref in index.values():
+            if ref.take is not None and len(self.tensors[ref.key].shape) != 1:  # else a small file could ask for any amount of memory
+                raise ValueError(f"{ref.key}: positions are taken from a pool of one axis, got shape {list(self.tensors[ref.key].shape)}")
+        if index:
+            found.check_values(view, found.config(op.cfg), {f: chain.gathered(r, self.get) for f, r in index.items()})
 
     def require_base(self, base: BaseLike, *, on: Iterable[str] = ()) -> None:
         """Refuse a wrong base, or a missing delta that this one was made over. `on`: ids of deltas applied before."""
@@ -302,7 +310,7 @@ class Delta:
             where = getattr(base, "path", None) or "the base"
             raise MismatchError(
                 f"{who} was made for base {self.base[:12]}, but {where} is {base.fingerprint[:12]}",
-                hint="open the base it was made for, or carry it over with `weft port`",
+                hint="open the base it was made for",
             )
         present = list(on)
         missing = [id for id in self.over if id not in present]
@@ -337,7 +345,9 @@ class Delta:
         for target, entry in self.entries.items():
             if target.startswith((MODULE, INPUT)) or (entry.change and entry.change.kind != "add"):
                 raise MismatchError(f"{target}: {_what(entry, target)} cannot be scaled")
-            entries[target] = replace(entry, ops=_scale(entry.ops, factor))
+            if entry.dtype not in FLOATS:
+                raise MismatchError(f"{target}: new values of a {entry.dtype} tensor cannot be scaled", hint="leave it out: delta.only([...])")
+            entries[target] = replace(entry, ops=scaled_ops(entry.ops, factor))
         return self._derived("scale", entries, self.tensors, {"factor": float(factor)}, (self,))
 
     def __neg__(self) -> Delta:
@@ -350,7 +360,7 @@ class Delta:
 
     def __add__(self, other: Delta) -> Delta:
         """The delta whose increment is the sum of both."""
-        return self._join("add", other, lambda a, b: a + b if _additive(a) and _additive(b) else (OpEntry(chain.SUM, terms=(Term(1.0, a), Term(1.0, b))),))
+        return self._join("add", other, added_ops)
 
     def then(self, other: Delta) -> Delta:
         """One delta that means: this one first, then `other` on the result (`other` may be made over this one)."""
@@ -365,8 +375,8 @@ class Delta:
 
             name = sorted(unknown)[0]
             raise MismatchError(f"no entry for {name!r}{near(name, self.entries, 'the delta has')}")
-        whole = {op.group for t in keep for op in self.entries[t].ops} - {None}
-        split = [t for t, e in self.entries.items() if t not in keep and whole & {op.group for op in e.ops}]
+        whole = {group for t in keep for group in _groups(self.entries[t])}
+        split = [t for t, e in self.entries.items() if t not in keep and whole & _groups(e)]
         if split:
             raise MismatchError(f"{split[0]} belongs to a group of which other targets were chosen; a group is taken whole or not at all")
         return self._derived("only", {t: self.entries[t] for t in self.entries if t in keep}, self.tensors, {"targets": sorted(keep)}, (self,))
@@ -374,9 +384,9 @@ class Delta:
     def _join(self, verb: str, other: Delta, combine: Callable[[tuple[OpEntry, ...], tuple[OpEntry, ...]], tuple[OpEntry, ...]]) -> Delta:
         if self.base != other.base:
             raise MismatchError(
-                f"the deltas belong to different bases: {(self.base or 'none')[:12]} and {(other.base or 'none')[:12]}", hint="weft port one of them"
+                f"the deltas belong to different bases: {(self.base or 'none')[:12]} and {(other.base or 'none')[:12]}", hint="deltas combine on one base only"
             )
-        theirs, tensors = _apart(other, self.tensors)
+        theirs, tensors = apart(other, self.tensors)
         entries = dict(self.entries)
         for target, entry in theirs.items():
             mine = entries.get(target)
@@ -385,6 +395,8 @@ class Delta:
                 continue
             if mine.base != entry.base or mine.change != entry.change or (mine.change and mine.change.kind != "add"):
                 raise MismatchError(f"{target}: the deltas change it in ways that do not combine ({_what(mine, target)}; {_what(entry, target)})")
+            if combine is added_ops and mine.dtype not in FLOATS:
+                raise MismatchError(f"{target}: new values of a {mine.dtype} tensor cannot be added; one can only follow the other: a.then(b)")
             entries[target] = replace(mine, ops=combine(mine.ops, entry.ops))
         made_over = tuple(id for id in (*self.over, *other.over) if not (verb == "stack" and id == self.id))
         joined = replace(
@@ -398,6 +410,11 @@ class Delta:
         return replace(self, entries=entries, tensors=tensors, recipe=recipe, parents=tuple(p.id for p in parents), notes={}, path=None)
 
 
+def _groups(entry: Entry) -> set[str]:
+    """The groups that an entry belongs to, also through what a sum holds."""
+    return {op.group for outer in entry.ops for op in outer.walk() if op.group is not None}
+
+
 def _what(entry: Entry, target: str) -> str:
     if target.startswith((MODULE, INPUT)):
         return "an op that runs on activations"
@@ -408,7 +425,13 @@ def _additive(ops: Iterable[OpEntry]) -> bool:
     return all(op.op != chain.SUM and op_named(op.op).additive for op in ops)
 
 
-def _scale(ops: tuple[OpEntry, ...], factor: float) -> tuple[OpEntry, ...]:
+def added_ops(a: tuple[OpEntry, ...], b: tuple[OpEntry, ...]) -> tuple[OpEntry, ...]:
+    """The chain whose increment is the sum of those of a and b."""
+    return a + b if _additive(a) and _additive(b) else (OpEntry(chain.SUM, terms=(Term(1.0, a), Term(1.0, b))),)
+
+
+def scaled_ops(ops: tuple[OpEntry, ...], factor: float) -> tuple[OpEntry, ...]:
+    """The chain whose increment is `factor` times that of `ops`."""
     if _additive(ops):
         return tuple(replace(op, cfg={**op.cfg, "scale": float(op.cfg.get("scale", 1.0)) * factor}) for op in ops)
     if len(ops) == 1 and ops[0].op == chain.SUM and ops[0].at is None:
@@ -416,7 +439,7 @@ def _scale(ops: tuple[OpEntry, ...], factor: float) -> tuple[OpEntry, ...]:
     return (OpEntry(chain.SUM, terms=(Term(float(factor), ops),)),)
 
 
-def _apart(delta: Delta, taken: Mapping[str, Tensor]) -> tuple[dict[str, Entry], dict[str, Tensor]]:
+def apart(delta: Delta, taken: Mapping[str, Tensor]) -> tuple[dict[str, Entry], dict[str, Tensor]]:
     """A delta's entries and tensors under keys that do not clash with `taken` (equal shared tensors stay shared)."""
     names, tensors = {}, {}
     for key, tensor in delta.tensors.items():
@@ -455,20 +478,6 @@ def merge_patches(a: Mapping[str, Json], b: Mapping[str, Json], where: str = "co
             out[name] = merge_patches(out[name], value, f"{where}.{name}")
         elif name in out and out[name] != value:
             raise MismatchError(f"the deltas disagree about {where}.{name}: {out[name]!r} and {value!r}")
-        else:
-            out[name] = value
-    return out
-
-
-def patched(config: Mapping[str, Json], patch: Mapping[str, Json]) -> dict[str, Json]:
-    """A config with a JSON merge patch applied (RFC 7386: null removes a key)."""
-    out = dict(config)
-    for name, value in patch.items():
-        if value is None:
-            out.pop(name, None)
-        elif isinstance(value, Mapping):
-            old = out.get(name)
-            out[name] = patched(old if isinstance(old, Mapping) else {}, value)
         else:
             out[name] = value
     return out
@@ -552,12 +561,3 @@ class Builder:
     def _append(self, target: str, op: OpEntry) -> None:
         entry = self._entry(target)
         self._entries[target] = replace(entry, ops=(*entry.ops, op))
-
-
-def walk_ops(deltas: Iterable[Delta]) -> Iterator[tuple[str, OpEntry]]:
-    """(target, op entry) of every op of every delta, in order, inside sums too."""
-    for delta in deltas:
-        for target, entry in delta.entries.items():
-            for op in entry.ops:
-                for inner in op.walk():
-                    yield target, inner

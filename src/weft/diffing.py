@@ -77,7 +77,7 @@ def diff(
     one numpy, and elsewhere the factors agree to about 1e-6. A config can be patched to anything but an explicit null:
     keys that are null in the checkpoint are removed. A live module (`Base.of`) has no config.json to compare.
 
-    MismatchError if the checkpoints are identical, or if a change cannot be written as an increment (infinities and
+    MismatchError if the checkpoints are identical or have no tensor in common, or if a change cannot be written as an increment (infinities and
     NaNs; use "exact").
     """
     _require(mode, rank, energy, tolerance, threads, block)
@@ -85,6 +85,11 @@ def diff(
     base.fingerprint  # noqa: B018 (hashes all tensors in threads; the entries would ask for them one by one)
     reuse_memory()
     both = [name for name in base.names if name in checkpoint.tensors]
+    if not both:
+        raise MismatchError(
+            f"the checkpoints have no tensor in common: {base.source} ({base.names[0]!r}, ...) and {checkpoint.source} ({checkpoint.names[0]!r}, ...)",
+            hint="a delta needs a base of the same kind of model",
+        )
     total, done = sum(base.tensor(name).nbytes for name in both), 0
     summary: dict[str, Json] = {"tensors": 0, "entries": 0}
     ranks: dict[str, Json] = {}

@@ -40,13 +40,8 @@ def container_header(layout: Mapping[str, Tensor], order: list[str], metadata: M
     return len(text).to_bytes(8, "little") + text
 
 
-def _manifest_text(manifest: dict[str, Json], id: str, notes: Mapping[str, Json]) -> str:
-    full = {**manifest, "id": id, "notes": dict(notes), "notes_sha256": _notes_hash(notes)}
-    return canon.dumps(full).decode()
-
-
-def _notes_hash(notes: Mapping[str, Json]) -> str:
-    return hashlib.sha256(canon.dumps(dict(notes))).hexdigest()
+def _sha256(value: Json) -> str:
+    return hashlib.sha256(canon.dumps(value)).hexdigest()
 
 
 def write(path: str | Path, delta: Delta) -> str:
@@ -60,12 +55,13 @@ def write(path: str | Path, delta: Delta) -> str:
     delta.validate()
     order = _order(delta.tensors)
     try:
-        manifest = {**delta.manifest(hashes=False), "tensors": {}}
-        hashes = dict.fromkeys(order, _PENDING)
+        parts = {name: canon.encoded(value) for name, value in delta.manifest(hashes=False).items()}  # put into words once, used four times
+        notes = canon.encoded(dict(delta.notes))
+        listed = {key: {"dtype": tensor.dtype, "shape": list(tensor.shape), "sha256": _PENDING} for key, tensor in delta.tensors.items()}
 
         def head(id: str) -> bytes:
-            manifest["tensors"] = {k: {"dtype": t.dtype, "shape": list(t.shape), "sha256": hashes[k]} for k, t in delta.tensors.items()}
-            return container_header(delta.tensors, order, {KEY: _manifest_text(manifest, id, delta.notes)})
+            full = {**parts, "tensors": listed, "id": id, "notes": notes, "notes_sha256": _sha256(notes)}
+            return container_header(delta.tensors, order, {KEY: canon.dumps(full).decode()})
 
         draft = head(_PENDING)
     except ValueError as error:
@@ -80,9 +76,8 @@ def write(path: str | Path, delta: Delta) -> str:
                 count += len(block)
             if count != delta.tensors[key].nbytes:
                 raise InputError(f"{path}: tensor {key!r} gave {count:,} bytes, its shape needs {delta.tensors[key].nbytes:,}")
-            hashes[key] = digest.hexdigest()
-        head(_PENDING)
-        id = hashlib.sha256(canon.dumps(manifest)).hexdigest()
+            listed[key]["sha256"] = digest.hexdigest()
+        id = _sha256({**parts, "tensors": listed})
         out.seek(0)
         out.write(head(id))
     return id
@@ -95,6 +90,10 @@ def read(path: str | Path, *, values: bool = True) -> Delta:
     ops will not be applied.
     """
     path = Path(path)
+    if path.is_dir():
+        kinds = {"adapter_config.json": f"weft import {path} --base BASE -o OUT.safetensors", "config.json": f"weft diff BASE {path} -o OUT.safetensors"}
+        hint = next((f"{command} makes a delta of it" for name, command in kinds.items() if (path / name).is_file()), "")
+        raise InputError(f"{path} is a folder; a delta is one .safetensors file", hint=hint)
     tensors, metadata = read_container(path)
     if set(metadata) != {KEY}:
         raise FormatError(
@@ -105,7 +104,8 @@ def read(path: str | Path, *, values: bool = True) -> Delta:
     manifest = strict_json(text, f"{path}: manifest", integer=canon.integer)
     try:
         delta, id = _parse(path, manifest, tensors)
-        canonical = canon.dumps(manifest).decode()
+        parts = {name: canon.encoded(value) for name, value in manifest.items()}
+        canonical = canon.encoded(parts)
     except FormatError as error:
         message = error.message if error.message.startswith(str(path)) else f"{path}: {error.message}"
         raise FormatError(message, hint=error.hint) from None
@@ -113,7 +113,7 @@ def read(path: str | Path, *, values: bool = True) -> Delta:
         raise FormatError(f"{path}: manifest: {error}") from None
     if canonical != text:
         raise FormatError(f"{path}: the manifest is not canonical JSON (RFC 8785)")
-    got = hashlib.sha256(canon.dumps({k: v for k, v in manifest.items() if k not in ("id", "notes", "notes_sha256")})).hexdigest()
+    got = _sha256({name: part for name, part in parts.items() if name not in ("id", "notes", "notes_sha256")})
     if got != id:
         raise FormatError(f"{path}: the manifest says id {id[:12]}, its content is {got[:12]} (it was changed after it was written)")
     for key, tensor in tensors.items():
@@ -163,7 +163,7 @@ def _parse(path: Path, manifest: Json, tensors: dict[str, Stored]) -> tuple[Delt
         path,
     )
     delta.validate()
-    if _notes_hash(m["notes"]) != _hash(m["notes_sha256"], "notes_sha256"):
+    if _sha256(m["notes"]) != _hash(m["notes_sha256"], "notes_sha256"):
         raise FormatError("the notes were changed after they were written")
     return delta, _hash(m["id"], "id")
 

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ._write import atomic_file, atomic_folder
-from .base import INDEX, PICKLES, WEIGHTS
-from .delta import Delta, Entry, patched
+from .base import INDEX, PICKLES, WEIGHTS, merge_patch
+from .delta import Delta, Entry
 from .engine.stream import BLOCK, Fields, in_threads, one_blas_thread, reuse_memory, row_blocks
 from .errors import FormatError, InputError, MismatchError, UsageError, WeftError
 from .file import _order, container_header
@@ -161,7 +161,7 @@ def fold(
     work = _Work(tensors, block or BLOCK, threads, progress, sum(item.nbytes for shard in shards for item in shard.items))
     config: dict[str, Any] = base.config
     for delta in deltas:
-        config = patched(config, delta.config)
+        config = merge_patch(config, delta.config)
     if out.suffix == ".safetensors":
         _require_one_file(base, out, config != base.config)
         with atomic_file(out) as handle:
@@ -479,27 +479,27 @@ def _write_all(fd: int, data: Any, offset: int) -> None:
         view, offset = view[count:], offset + count
 
 
-def _copies(items: Sequence[_Item]) -> Iterator[tuple[Path, int, int, int]]:
-    """Runs of untouched bytes: source file, its position, place in the output, length. Neighbours become one run."""
-    run: tuple[Path, int, int, int] | None = None
+def _copies(items: Sequence[_Item]) -> Iterator[tuple[Stored, int, int, int]]:
+    """Runs of untouched bytes: first tensor, its position in its file, place in the output, length. Neighbours become one run."""
+    run: tuple[Stored, int, int, int] | None = None
     for item in items:
         if item.ops or not isinstance(item.source, Stored):
             continue
         source = item.source
-        if run is not None and (source.path, source.offset, item.offset) == (run[0], run[1] + run[3], run[2] + run[3]):
+        if run is not None and (source.path, source.offset, item.offset) == (run[0].path, run[1] + run[3], run[2] + run[3]):
             run = (run[0], run[1], run[2], run[3] + item.nbytes)
             continue
         if run is not None:
             yield run
-        run = (source.path, source.offset, item.offset, item.nbytes)
+        run = (source, source.offset, item.offset, item.nbytes)
     if run is not None:
         yield run
 
 
-def _copy(source: Path, position: int, fd: int, offset: int, count: int) -> tuple[int, str, _Found | None]:
-    """Copy bytes from a file, inside the kernel where it can."""
+def _copy(source: Stored, position: int, fd: int, offset: int, count: int) -> tuple[int, str, _Found | None]:
+    """Copy bytes from the file of `source`, inside the kernel where it can."""
     left = count
-    with open(source, "rb", buffering=0) as handle:
+    with open(source.path, "rb", buffering=0) as handle:
         while left and hasattr(os, "copy_file_range"):
             try:
                 done = os.copy_file_range(handle.fileno(), fd, left, position, offset)
@@ -511,9 +511,10 @@ def _copy(source: Path, position: int, fd: int, offset: int, count: int) -> tupl
         while left:
             data = os.pread(handle.fileno(), min(left, 1 << 20), position)
             if not data:
-                raise FormatError(f"{source}: it is shorter than its header says (it ended at byte {position:,})")
+                raise FormatError(f"{source.path}: it is shorter than its header says (it ended at byte {position:,})")
             _write_all(fd, data, offset)
             position, offset, left = position + len(data), offset + len(data), left - len(data)
+        source.require_same(handle.fileno())
     return count, "", None
 
 

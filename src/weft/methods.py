@@ -354,12 +354,12 @@ def _section(record: dict[str, Any]) -> list[str]:
         return [*lines, "No options.", ""]
     rows = []
     for option in (Option(**each) for each in record["options"]):
-        default = "required" if option.required else f"`{_cell(_typed(option.default))}`"
+        default = "required" if option.required else f"`{_cell(typed(option.default))}`"
         rows.append((f"`{option.name}`", _cell(option.type), default, _cell(option.limits), _cell(option.description)))
     return lines + _table(("option", "type", "default", "bounds", "meaning"), rows)
 
 
-def _typed(value: Any) -> str:
+def typed(value: Any) -> str:
     """A default as it is typed after `-p option=`."""
     import json
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 BLOCK = 1 << 20
 """Bytes in one block of raw data."""
+
+_AT_ONCE = 1 << 26
+"""Bytes asked of the system at a time: Linux never gives more than 2 GiB, and copies in pieces stay in memory once."""
 
 HEADER_LIMIT = 100_000_000
 """The largest safetensors header that is read (the format's own limit)."""
@@ -55,9 +59,19 @@ def numpy_dtype(code: str) -> np.dtype[Any]:
     return np.dtype(_NUMPY[code])
 
 
+_CODES: dict[Any, str] = {}
+# a plain dict, because torch.compile traces through functools.cache; it saves numpy's slow way of naming a dtype
+
+
 def dtype_code(dtype: Any) -> str:
     """The safetensors code of a numpy or torch dtype."""
-    name = str(dtype).removeprefix("torch.")
+    code = _CODES.get(dtype)
+    if code is None:
+        code = _CODES[dtype] = _named_code(str(dtype).removeprefix("torch."))
+    return code
+
+
+def _named_code(name: str) -> str:
     for table in (_NUMPY, _ML):
         for code, known in table.items():
             if known == name:
@@ -97,11 +111,16 @@ class Tensor:
         """Hex sha256 of the raw bytes, computed once. (Not a cached_property: in Python 3.11 its one lock would serialise threads.)"""
         known = self.__dict__.get("_sha256")
         if known is None:
-            digest = hashlib.sha256()
-            for block in self.blocks():
-                digest.update(block)
-            known = self.__dict__["_sha256"] = digest.hexdigest()
+            known = self.__dict__["_sha256"] = digest(self)
         return str(known)
+
+
+def digest(tensor: Tensor) -> str:
+    """Hex sha256 of a tensor's raw bytes as they are now; nothing is kept."""
+    found = hashlib.sha256()
+    for block in tensor.blocks():
+        found.update(block)
+    return found.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,41 +133,54 @@ class Stored(Tensor):
     offset: int
     stamp: tuple[int, ...] | None = None
 
-    def _same(self, fd: int) -> None:
-        """Another file may stand under the same name by now; its bytes at this place would be nonsense."""
+    def require_same(self, fd: int) -> None:
+        """InputError unless the open file is the one whose header was read: in another one, the bytes at this place would be nonsense."""
         if self.stamp is not None and _stamp(fd) != self.stamp:
             raise InputError(f"{self.path} changed while it was being read", hint="open it again; give results names of their own")
 
-    def _pread(self, count: int, position: int) -> bytes:
-        with open(self.path, "rb", buffering=0) as handle:
-            data = os.pread(handle.fileno(), count, position)
-            self._same(handle.fileno())
+    @contextmanager
+    def _opened(self) -> Iterator[int]:
+        fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))  # io.open takes three times as long, and tensors can be many and tiny
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _pread(self, fd: int, count: int, position: int) -> bytes | memoryview:
+        data: bytes | memoryview = os.pread(fd, min(count, _AT_ONCE), position)
+        self.require_same(fd)
+        if count > _AT_ONCE:
+            whole = memoryview(bytearray(count))
+            done = len(data)
+            whole[:done] = data
+            while done < count and data:
+                data = os.pread(fd, min(count - done, _AT_ONCE), position + done)
+                whole[done : done + len(data)] = data
+                done += len(data)
+            data = whole[:done].toreadonly()
         if len(data) != count:
-            raise FormatError(f"{self.path}: it is shorter than its header says (it ended at byte {position + len(data)})")
+            raise FormatError(f"{self.path}: it is shorter than its header says (it ended at byte {position + len(data):,}, expected {position + count:,})")
         return data
 
     def blocks(self, size: int = BLOCK) -> Iterator[bytes | memoryview]:
         end = self.offset + self.nbytes
-        with open(self.path, "rb", buffering=0) as handle:
-            self._same(handle.fileno())
+        with self._opened() as fd:
             for position in range(self.offset, end, size):
-                count = min(size, end - position)
-                data = os.pread(handle.fileno(), count, position)
-                if len(data) != count:
-                    raise FormatError(f"{self.path}: it is shorter than its header says (it ended at byte {position + len(data)})")
-                yield data
+                yield self._pread(fd, min(size, end - position), position)
 
     def rows(self, lo: int, hi: int) -> np.ndarray[Any, Any]:
         import numpy as np
 
         step = prod(self.shape[1:]) * ITEMSIZE[self.dtype]
-        data = self._pread((hi - lo) * step, self.offset + lo * step)
+        with self._opened() as fd:
+            data = self._pread(fd, (hi - lo) * step, self.offset + lo * step)
         return np.frombuffer(data, numpy_dtype(self.dtype)).reshape(hi - lo, *self.shape[1:])
 
     def read(self) -> np.ndarray[Any, Any]:
         import numpy as np
 
-        return np.frombuffer(self._pread(self.nbytes, self.offset), numpy_dtype(self.dtype)).reshape(self.shape)
+        with self._opened() as fd:
+            return np.frombuffer(self._pread(fd, self.nbytes, self.offset), numpy_dtype(self.dtype)).reshape(self.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,8 +288,10 @@ def read_container(path: str | Path) -> tuple[dict[str, Stored], dict[str, str]]
     """
     path = Path(path)
     try:
-        size = path.stat().st_size
+        if path.exists() and not path.is_file() and not path.is_dir():  # opening a pipe would wait for its writer
+            raise InputError(f"{path} is not a regular file; expected a .safetensors file")
         with open(path, "rb", buffering=0) as handle:
+            size = os.fstat(handle.fileno()).st_size
             head = handle.read(8)
             if len(head) < 8:
                 raise FormatError(f"{path}: {size} bytes is too short for a safetensors file")

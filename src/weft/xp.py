@@ -20,6 +20,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from math import ceil, log2
 from typing import Any
 
@@ -94,7 +95,12 @@ def to_torch(x: Array) -> Array:
 
 def dtype(x: Array) -> str:
     """The dtype's plain name: "float32", "bfloat16", ..."""
-    return str(x.dtype).removeprefix("torch.")
+    return str(x.dtype).removeprefix("torch.") if is_torch(x) else _numpy_name(x.dtype)
+
+
+@cache
+def _numpy_name(dtype: Any) -> str:
+    return str(dtype)  # numpy takes 10 us to find it
 
 
 def cast(x: Array, name: str) -> Array:
@@ -145,6 +151,33 @@ def narrow(x: Array, like: Array) -> Array:
     return cast(x, dtype(like))
 
 
+def integers(x: Array) -> Array:
+    """The bits of x (float32 or float64) as integers of the same size."""
+    if is_torch(x):
+        import torch
+
+        return x.view(torch.int64 if x.dtype == torch.float64 else torch.int32)
+    import numpy as np
+
+    return np.ascontiguousarray(x).reshape(x.shape).view(f"i{x.itemsize}")
+
+
+def where(mask: Array, x: Array, y: Array) -> Array:
+    """x where `mask` is true, else y."""
+    return _lib(x).where(mask, x, y)
+
+
+def change(new: Array, old: Array) -> Array:
+    """new - old, wide. Exact: 0 where they are equal, infinities too, of which the difference would be NaN."""
+    if _plain(new):
+        return new - old
+    import numpy as np
+
+    with np.errstate(invalid="ignore"):
+        out = wide(new) - wide(old)
+    return out if bool((out == out).all()) else where(new == old, zeros(out.shape, out), out)
+
+
 def concat(parts: Sequence[Array], axis: int) -> Array:
     lib = _lib(parts[0])
     return lib.cat(tuple(parts), axis) if is_torch(parts[0]) else lib.concatenate(parts, axis)
@@ -183,6 +216,11 @@ def zeros(shape: Sequence[int], like: Array) -> Array:
     return lib.zeros(tuple(shape), dtype=like.dtype, device=like.device) if is_torch(like) else lib.zeros(tuple(shape), like.dtype)
 
 
+_LEAST = -900
+"""The least exponent of a grid: no unit underflows, and float32 values (2^-149 at the least) are far above it. Parts of float64
+values below 2^-900 that fall under the grid are dropped."""
+
+
 def _bits(inner: int) -> int:
     return (53 - ceil(log2(2 * max(inner, 1)))) // 2
 
@@ -192,13 +230,15 @@ def _split(x: Array, axis: int, b: int) -> tuple[Array, Array]:
     lib = _lib(x)
     if x.shape[axis] == 0:
         return x, x
-    peak = lib.amax(abs(x), axis, keepdims=True)
-    exponent = lib.frexp(peak)[1]
-    exponent = lib.clip(exponent.astype("int32") if not is_torch(x) else exponent.int(), -900, None)  # so that no unit underflows
-    one = lib.ones_like(peak)
-    unit_hi, unit_lo = lib.ldexp(one, exponent - b), lib.ldexp(one, exponent - 2 * b)
-    hi = lib.round(x / unit_hi) * unit_hi
-    lo = lib.round((x - hi) / unit_lo) * unit_lo
+    if is_torch(x):
+        peak, nearest = abs(x).amax(axis, keepdim=True), lib.round
+        unit_hi = lib.ldexp(lib.ones_like(peak), lib.frexp(peak)[1].clamp(min=_LEAST) - b)
+    else:
+        peak, nearest = abs(x).max(axis, keepdims=True), lib.rint
+        unit_hi = lib.ldexp(1.0, lib.maximum(lib.frexp(peak)[1], _LEAST) - b)
+    unit_lo = unit_hi * 2.0**-b
+    hi = nearest(x / unit_hi) * unit_hi
+    lo = nearest((x - hi) / unit_lo) * unit_lo
     return hi, lo
 
 

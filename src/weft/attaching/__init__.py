@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import nn
@@ -71,7 +72,10 @@ def attach(
         raise UsageError(f"unknown mode {mode!r}{near(mode, MODES)}")
     if trainable and mode == "materialised":
         raise UsageError("a materialised delta cannot be trained", hint='mode="auto"')
-    several = [deltas] if isinstance(deltas, Delta) else list(deltas)
+    several: list[Any] = [deltas] if isinstance(deltas, Delta | str | PathLike) else list(deltas)
+    wrong = [given for given in (*several, base) if isinstance(given, str | PathLike)]
+    if wrong:
+        raise UsageError(f"attach takes deltas and a base, not paths, got {str(wrong[0])!r}", hint="weft.Delta.load(PATH), weft.Base.open(PATH)")
     state = _state_of(model) or State(model)
     new = state.add(several, base, names, mode, trainable)
     model.__dict__[_STATE] = state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -60,8 +61,10 @@ class Handle:
 
     @active.setter
     def active(self, on: bool) -> None:
-        self._active = bool(on)
+        began, self._active = bool(on) and not self._active, bool(on)
         self._state.plan()
+        if began:
+            self.forget_ran()
 
     @property
     def trainable(self) -> bool:
@@ -77,7 +80,10 @@ class Handle:
 
     @property
     def dropout(self) -> float:
-        """Probability with which `lowrank` and its like drop entries of their input while the module trains; default 0."""
+        """Probability with which ops that work on activations (`lowrank`) drop entries of their input while the module trains; default 0.
+
+        There is nothing to drop where an op works on the weight instead (DoRA, experts, mode "functional"): setting it warns of that.
+        """
         return self._dropout
 
     @dropout.setter
@@ -86,6 +92,9 @@ class Handle:
             raise UsageError(f"dropout must be at least 0 and below 1, got {p}")
         self._dropout = float(p)
         self._state.plan()
+        if p and self._active and (dry := self._undropped()):
+            named = f"{', '.join(dry[:8])}{', ...' if len(dry) > 8 else ''}"
+            warnings.warn(f"dropout does nothing for {len(dry)} targets, whose ops work on weights and not on activations: {named}", stacklevel=2)
 
     @property
     def losses(self) -> list[torch.Tensor]:
@@ -120,7 +129,7 @@ class Handle:
         return replace(self._delta, tensors=values, path=None)
 
     def unused(self) -> list[str]:
-        """Targets of which an active op has not run in any forward (outside torch.compile) since it was attached."""
+        """Targets of which an active op has not run in any forward (outside torch.compile) since it was attached or made active."""
         return list(dict.fromkeys(target for target, _ in self._missed()))
 
     def ran(self) -> list[str]:
@@ -144,6 +153,21 @@ class Handle:
         for path, mark, _ in self._hosts:
             if mark not in _ran(self._state.module(path)):
                 yield _target_of(path, mark, self._delta), None
+
+    def _undropped(self) -> list[str]:
+        """Targets with an op that knows dropout, but does not work on activations."""
+        found = []
+        for weight in self._weights:
+            if any(op_named(op.op).drops for outer in weight.ops for op in outer.walk() if op.op != chain.SUM):
+                places = [(path, param) for spot in weight.target.spots for path, _, param in spot.owners]
+                if not all(self._on_activations(path, param) for path, param in places):
+                    found.append(weight.target.name)
+        return found
+
+    def _on_activations(self, path: str, param: str) -> bool:
+        hub = hub_of(self._state.module(path))
+        own = self._spread.get(path)
+        return hub is not None and any(step.tensors is own and step.context.param == param for step in hub[1].plan.steps)
 
     def _marks(self) -> Iterator[tuple[str, set[str]]]:
         for path, _, param in self._owners():

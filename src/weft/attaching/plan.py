@@ -86,7 +86,10 @@ class State:
             self.handles = before
             self.plan()
             raise
-        return self.handles[len(before) :]
+        new = self.handles[len(before) :]
+        for handle in new:  # what ran on the same parameter before was another delta
+            handle.forget_ran()
+        return new
 
     def _resolved(self, delta: Delta, names: NameMap, mode: str, trainable: bool) -> Handle:
         """A handle whose targets are found in the model."""

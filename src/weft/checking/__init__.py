@@ -51,6 +51,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Metrics of a base with deltas on data, as `{"metrics": {...}, "kind", "n", "truncated", "base", "deltas"}`.
 
+    kind is "classification", "text" or "completion"; n counts rows; base is the fingerprint and deltas are ids. For the latter
+    two kinds `tokens` counts what was predicted. An infinite perplexity is None.
+
     deltas:     deltas or their files, in order; one may stand alone
     data:       a path or rows, see `weft.engine.data.read_rows`. {"text", "label"}: accuracy and nll of a classifier;
                 {"text"}: nll a token, perplexity, token_accuracy and exact_match of a causal language model;
@@ -63,14 +66,17 @@ def evaluate(
     Rows go through the model sorted by length. UsageError if the model has no head for the data, InputError for rows
     that do not fit, MismatchError for deltas that do not.
     """
-    from ..engine.data import field, read_rows
+    from ..engine.data import field, most_tokens, read_rows
     from . import metrics
-    from .rows import Encoder, kind_of, label_ids, most_tokens
+    from .rows import FIELDS, Encoder, kind_of, label_ids
     from .running import running
 
+    if max_length < 2:
+        raise UsageError(f"max_length must be 2 at least, got {max_length}")
     rows = read_rows(data)
     kind = kind_of(rows)
-    with running(base, deltas, device, dtype, mode, "classification" if kind == "classification" else "text") as run:
+    task, why = ("classification" if kind == "classification" else "text"), f", which rows of {FIELDS[kind]} ask for"
+    with running(base, deltas, device, dtype, mode, task, why) as run:
         encode = Encoder(run.tokenizer, most_tokens(run.tokenizer, run.model.config.to_dict(), max_length))
         metric: metrics.Accuracy | metrics.Likelihood
         if kind == "classification":
@@ -102,7 +108,8 @@ def predict(
     """What a classifier says about each text, in their order. Arguments and errors as for `evaluate`."""
     import numpy as np
 
-    from .rows import Encoder, most_tokens
+    from ..engine.data import most_tokens
+    from .rows import Encoder
     from .running import running
 
     with running(base, deltas, device, dtype, mode, "classification") as run:
@@ -135,12 +142,13 @@ def generate(
     """
     import torch
 
+    from ..engine.data import opened
     from .running import running
 
     if temperature > 0 and num_beams > 1:
         raise UsageError(f"num_beams={num_beams} searches and temperature={temperature:g} draws; choose one")
     with running(base, deltas, device, dtype, mode, "text") as run:
-        encoded = run.tokenizer(prompt, return_tensors="pt")["input_ids"].to(run.device)
+        encoded = torch.tensor([opened(run.tokenizer, prompt)], dtype=torch.long, device=run.device)
         if not encoded.shape[1]:
             raise UsageError("the prompt has no tokens", hint="give it some text")
         how: dict[str, Any] = {"do_sample": True, "temperature": temperature}

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..engine.data import IGNORE, Example, Row, field
-from ..errors import InputError, UsageError, near
+from ..engine.data import IGNORE, Example, Row, field, opened
+from ..errors import InputError, near
+
+FIELDS = {"classification": '{"text", "label"}', "text": '{"text"}', "completion": '{"prompt", "completion"}'}
+"""The fields of rows of each kind."""
 
 
 def kind_of(rows: Sequence[Row]) -> str:
-    """What rows ask: "classification" {"text", "label"}, "completion" {"prompt", "completion"} or "text" {"text"}; all of them the same."""
+    """What rows ask, a key of `FIELDS`; all of them the same."""
     found = {_kind(row, number) for number, row in enumerate(rows)}
     if len(found) > 1:
         raise InputError(f"the data mixes {' and '.join(sorted(found))} rows", hint="evaluate them one file at a time")
@@ -24,7 +27,7 @@ def _kind(row: Row, number: int) -> str:
         return "classification" if "label" in row else "text"
     raise InputError(
         f"row {number} of the data has {', '.join(map(repr, row)) or 'no fields'}; nothing in it can be measured",
-        hint='{"text", "label"}, {"text"} or {"prompt", "completion"}',
+        hint=f"rows of {', '.join(FIELDS.values())}",
     )
 
 
@@ -44,27 +47,27 @@ class Encoder:
     def language(self, rows: Sequence[Row]) -> list[Example]:
         """{"text"}: every token but the first is predicted. No end token is added: the text itself is measured."""
         encoded = self.texts([field(row, "text", number) for number, row in enumerate(rows)])
-        return [_predictable({"input_ids": ids, "labels": ids}, number) for number, ids in enumerate(encoded)]
+        return _predictable([{"input_ids": ids, "labels": ids} for ids in encoded])
 
     def completions(self, rows: Sequence[Row]) -> list[Example]:
         """{"prompt", "completion"}: the completion is predicted. Tokenised apart, as in tuning; a long prompt loses its beginning."""
         out = []
-        end = getattr(self._tokenizer, "eos_token_id", None)
         for number, row in enumerate(rows):
-            start: list[int] = self._tokenizer(field(row, "prompt", number), verbose=False)["input_ids"]
-            start = start[:-1] if start and start[-1] == end else start
+            start = opened(self._tokenizer, field(row, "prompt", number))
             rest: list[int] = self._tokenizer(field(row, "completion", number), add_special_tokens=False, verbose=False)["input_ids"]
             self.cut += len(start) + len(rest) > self._most
             rest = rest[: self._most - 1]
             start = start[max(0, len(start) + len(rest) - self._most) :]
-            out.append(_predictable({"input_ids": start + rest, "labels": [IGNORE] * len(start) + rest}, number))
-        return out
+            out.append({"input_ids": start + rest, "labels": [IGNORE] * len(start) + rest})
+        return _predictable(out)
 
 
-def _predictable(example: Example, number: int) -> Example:
-    if all(label == IGNORE for label in example["labels"][1:]):
-        raise InputError(f"row {number} of the data has no token to predict: a first token needs one before it", hint="leave such rows out")
-    return example
+def _predictable(examples: list[Example]) -> list[Example]:
+    empty = [number for number, example in enumerate(examples) if all(label == IGNORE for label in example["labels"][1:])]
+    if empty:
+        which = f"row {empty[0]}" if len(empty) == 1 else f"{len(empty)} rows ({', '.join(map(str, empty[:8]))}{', ...' if len(empty) > 8 else ''})"
+        raise InputError(f"{which} of the data: no token to predict, as a first token needs one before it", hint="leave such rows out")
+    return examples
 
 
 def label_ids(rows: Sequence[Row], config: Mapping[str, Any], classes: int) -> list[int]:
@@ -85,14 +88,3 @@ def label_ids(rows: Sequence[Row], config: Mapping[str, Any], classes: int) -> l
                 hint="use the deltas that were tuned on these labels",
             )
     return out
-
-
-def most_tokens(tokenizer: Any, config: Mapping[str, Any], asked: int) -> int:
-    """The longest example: what was asked for, or less if the tokenizer or the model take fewer."""
-    known = [asked, int(min(getattr(tokenizer, "model_max_length", 1 << 40), 1 << 40))]
-    positions = config.get("max_position_embeddings")
-    if isinstance(positions, int):
-        known.append(positions - (2 if config.get("model_type") in ("roberta", "xlm-roberta", "camembert") else 0))
-    if min(known) < 2:
-        raise UsageError(f"max_length must be 2 at least, got {asked}")
-    return min(known)

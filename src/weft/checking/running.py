@@ -13,7 +13,7 @@ import torch
 from ..attaching import Mode, attach, check_ran
 from ..base import Base
 from ..delta import Delta
-from ..engine.data import Example, padded
+from ..engine.data import Example, pad_id, padded
 from ..errors import UsageError
 
 _HEADS = {
@@ -56,8 +56,8 @@ class Running:
 
 
 @contextmanager
-def running(base: Base | str | Path, deltas: Any, device: Any, dtype: Any, mode: Mode, task: str) -> Iterator[Running]:
-    """The model, with deltas attached; nothing outlives the block."""
+def running(base: Base | str | Path, deltas: Any, device: Any, dtype: Any, mode: Mode, task: str, why: str = "") -> Iterator[Running]:
+    """The model, with deltas attached; nothing outlives the block. `task` is one of `_HEADS`; `why` says what asks for it."""
     opened = base if isinstance(base, Base) else Base.open(base)
     listed = [deltas] if isinstance(deltas, Delta | str | Path) else list(deltas)
     loaded = [each if isinstance(each, Delta) else Delta.load(each) for each in listed]
@@ -66,12 +66,11 @@ def running(base: Base | str | Path, deltas: Any, device: Any, dtype: Any, mode:
         delta.require_base(opened, on=ids)
         ids.append(delta.id)
     model: Any = opened.model(loaded, dtype=dtype, device=None if device is None else str(device))
-    _require_head(model, task)
+    _require_head(model, task, why)
     where = torch.device(device) if device is not None else _best_device()
     model.to(where)
     tokenizer = opened.tokenizer()
-    ends = (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None))
-    pad = next((value for value in ends if isinstance(value, int)), 0)  # masked, so any will do
+    pad = pad_id(tokenizer)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = pad  # decoders that classify find the last token of each text by it
     if loaded:
@@ -84,7 +83,7 @@ def _best_device() -> torch.device:
     return accelerator if accelerator is not None else torch.device("cpu")
 
 
-def _require_head(model: Any, task: str) -> None:
+def _require_head(model: Any, task: str, why: str) -> None:
     from transformers.models.auto import modeling_auto
 
     mapping, wrong, objective = _HEADS[task]
@@ -93,6 +92,6 @@ def _require_head(model: Any, task: str) -> None:
         names.update([value] if isinstance(value, str) else value)
     if type(model).__name__ not in names:
         raise UsageError(
-            f"{type(model).__name__} {wrong}",
+            f"{type(model).__name__} {wrong}{why}",
             hint=f"a delta can bring one: weft tune BASE --data F --method lora --objective {objective} -o OUT.safetensors",
         )

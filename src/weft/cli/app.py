@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from .. import __version__
 from ..errors import InputError, UsageError, near
 from .output import Output
 
@@ -62,7 +63,7 @@ class Lazy(click.Group):
 
 
 @click.group(cls=Lazy, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="weft", prog_name="weft")
+@click.version_option(__version__, prog_name="weft")
 @click.pass_context
 def app(ctx: click.Context) -> None:
     """Updates to pretrained models: make them, merge them, fold them in, check them, take them back.

@@ -18,7 +18,7 @@ def command(out: Output, target: Path, data: Path | None) -> None:
     """The whole story in a few minutes, offline: a real model is tuned, measured, folded, merged and taken back.
 
     \b
-    Examples:
+    Example:
       weft demo --out weft-demo
       weft demo --data .          first.jsonl, second.jsonl and test.jsonl, to try the other commands on
     """
@@ -27,7 +27,7 @@ def command(out: Output, target: Path, data: Path | None) -> None:
 
         paths = write(data)
         out.result({name: str(path) for name, path in paths.items()}, "\n".join(map(str, paths.values())), str(data))
-        out.next(f"weft tune MODEL --data {paths['first']} --objective classification -o first.safetensors")
+        out.next("weft tune MODEL --data {} --objective classification -o first.safetensors", paths["first"])
         return
     from ..demo.story import run
 

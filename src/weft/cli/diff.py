@@ -43,7 +43,7 @@ def command(out: Output, base: str, checkpoint: str, target: Path, **how: Any) -
     found.save(target)
     delta = Delta.load(target)
     out.result(made(delta), f"{made_text(delta)}\n{', '.join(_told(delta))}", delta.id)
-    out.next(f"weft fold {base} {target} -o DIR")
+    out.next("weft fold {} {} -o DIR", base, target)
 
 
 def _told(delta: Delta) -> list[str]:

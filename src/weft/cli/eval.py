@@ -37,8 +37,10 @@ def command(out: Output, base: str, deltas: tuple[Path, ...], data: Path, **how:
     rows = [(name, _number(value)) for name, value in found["metrics"].items()]
     counted = [("rows", f"{found['n']:,}")] + [(name, f"{found[name]:,}") for name in ("tokens", "truncated") if found.get(name)]
     out.result(found, table([*rows, *counted], indent=""), "\n".join(f"{name} {_number(value)}" for name, value in found["metrics"].items()))
-    named = " ".join(map(str, deltas))
-    out.next(f"weft fold {base} {named} -o DIR" if deltas else f"weft tune {base} --data TRAIN.jsonl --method lora -o OUT.safetensors")
+    if deltas:
+        out.next(f"weft fold {{}} {'{} ' * len(deltas)}-o DIR", base, *deltas)
+    else:
+        out.next("weft tune {} --data TRAIN.jsonl --method lora -o OUT.safetensors", base)
 
 
 def _number(value: float | None) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import MismatchError
 from .app import argument, declare, option, out_folder, threads
 from .output import Output, table
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 def command(out: Output, delta: Path, base: str, target: Path, probe: bool, **how: Any) -> None:
     """Write a delta as an adapter folder for PEFT or vLLM.
 
+    What is written for vLLM is checked as vLLM would read it: exit code 3, and every problem found, if it would not serve it.
+
     \b
     Example:
       weft export style.safetensors --base path/to/model --to peft -o adapter
@@ -43,10 +46,13 @@ def command(out: Output, delta: Path, base: str, target: Path, probe: bool, **ho
     done = interchange.export(loaded, target, opened, **how)
     seen = interchange.probe(target, opened) if probe else None
     out.result({**done.json(), "id": loaded.id, "probe": seen}, _page(done, seen), str(target))
+    if done.problems:  # the folder stays, to look at
+        listed = "".join(f"\n  - {problem}" for problem in done.problems)
+        raise MismatchError(f"{target} was written, but {done.to} would not serve it as it is meant:{listed}")
     if done.serve:
         out.next(f"vllm serve {quote(base)} {done.serve}")
     else:
-        out.next(f"weft import {target} --base {base} -o OUT.safetensors")
+        out.next("weft import {} --base {} -o OUT.safetensors", target, base)
 
 
 def _page(done: Exported, seen: dict[str, Any] | None) -> str:
@@ -56,7 +62,6 @@ def _page(done: Exported, seen: dict[str, Any] | None) -> str:
     if done.residual:
         worst = max(done.residual, key=lambda name: done.residual[name])
         facts.append(("residual", f"{done.residual[worst]:.3g} at most ({worst}): the share of a change's norm that the rank leaves out"))
-    facts += [("problem", problem) for problem in done.problems]
     if seen is not None:
         used = f"{seen['keys']} keys on {seen['modules']} modules, all used"
         facts.append(("probe", f"{used}; logits move by up to {seen['max_change']:.3g} (the base's largest is {seen['max_logit']:.3g})"))

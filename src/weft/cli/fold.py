@@ -36,7 +36,7 @@ def command(out: Output, base: str, deltas: tuple[Path, ...], target: Path, allo
     with out.progress("folding") as progress:
         report = fold(opened, loaded, target, threads=threads, allow_noop=allow_noop, progress=progress)
     out.result(report.json(), summary(report), str(target))
-    out.next(f"weft eval {target} --data FILE.jsonl")
+    out.next("weft eval {} --data FILE.jsonl", target)
 
 
 def summary(report: FoldReport) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import click
@@ -39,4 +38,4 @@ def command(out: Output, base: str, deltas: tuple[Path, ...], prompt: str, **how
     text = generate(base, deltas, prompt, **how)
     out.result({"prompt": prompt, "text": text, "base": base, "deltas": [str(path) for path in deltas]}, text, text)
     if deltas:
-        out.next(f"weft generate {base} --prompt {quote(prompt)}   (the base alone, to compare)")
+        out.next("weft generate {} --prompt {}   (the base alone, to compare)", base, prompt)

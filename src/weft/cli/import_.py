@@ -33,4 +33,4 @@ def command(out: Output, folder: Path, base: str, initial: Path | None, target: 
     import_peft(folder, opened, initial=initial).save(target)
     delta = Delta.load(target)
     out.result(made(delta), made_text(delta), delta.id)
-    out.next(f"weft show {target}")
+    out.next("weft show {}", target)

@@ -58,7 +58,7 @@ def command(
         from .fold import summary
 
         out.result({**result.json(), "method": method}, summary(result), str(into))
-        out.next(f"weft eval {into} --data FILE.jsonl")
+        out.next("weft eval {} --data FILE.jsonl", into)
         return
     out.result({**made(result), "method": method}, made_text(result), result.id)
-    out.next(f"weft eval {base or 'BASE'} {target} --data FILE.jsonl")
+    out.next("weft eval {} {} --data FILE.jsonl", base or "BASE", target)

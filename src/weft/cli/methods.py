@@ -42,7 +42,7 @@ def _chosen(which: str | None) -> list[dict[str, Any]]:
     records = catalogue()
     found = [record for record in records if record["name"] == which]
     if not found:
-        known = sorted({*verbs, *KINDS, *(record["name"] for record in records)})
+        known = {record[key] for record in records for key in ("verb", "kind", "name")}
         raise UsageError(f"there is no verb, kind or method {which!r}{near(which, known)}", hint="weft methods")
     return found
 
@@ -69,12 +69,13 @@ def _listed(records: list[dict[str, Any]], *, options: bool) -> str:
 
 def _whole(record: dict[str, Any]) -> list[str]:
     from ..config import Option
+    from ..methods import typed
 
     lines = [f"  {record['name']}", f"    {record['summary']}"]
     lines += [f"    {key}: {record[key]}" for key in ("formula", "paper") if record[key]]
     rows = []
     for option in (Option(**each) for each in record["options"]):
-        default = "required" if option.required else "none" if option.default is None else str(option.default)
+        default = "required" if option.required else typed(option.default)
         rows.append((f"-p {option.name}=", option.expected, default, option.description))
     if rows:
         lines.append(table([("option", "type", "default", "meaning"), *rows], indent="    "))

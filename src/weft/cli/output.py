@@ -6,7 +6,6 @@ say what it is doing (`note`, `progress`), and at its end what to do next (`next
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,23 +34,29 @@ class Output:
 
     def result(self, record: dict[str, Any], human: str, quiet: str = "") -> None:
         """The command's result: `record` as one JSON object, `human` as text, or the bare essential `quiet` ("": nothing)."""
-        text = json.dumps(record, ensure_ascii=False, allow_nan=False) if self.mode == "json" else quiet if self.mode == "quiet" else human
+        text = quiet if self.mode == "quiet" else human
+        if self.mode == "json":
+            import json
+
+            text = json.dumps(record, ensure_ascii=False, allow_nan=False)
         if text:
-            print(text.removesuffix("\n"), flush=True)
+            print(printable(text.removesuffix("\n")), flush=True)
 
     def note(self, text: str) -> None:
         """One line about the run, for people."""
         if self.mode == "human":
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
         """One line of a result that comes bit by bit."""
         if self.mode == "human":
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
-    def next(self, command: str) -> None:
-        """The command that one would type next."""
-        self.note(f"next: {command}")
+    def next(self, command: str, *names: object) -> None:
+        """The command that one would type next. `names` (files, bases) stand where it has `{}`, quoted as a shell wants them."""
+        from shlex import quote
+
+        self.note(f"next: {command.format(*(quote(str(name)) for name in names)) if names else command}")
 
     @contextmanager
     def progress(self, what: str) -> Iterator[Progress]:
@@ -87,13 +92,15 @@ class Output:
             said = " ".join(str(error).split())
             error = WeftError(f"{type(error).__name__}, which weft did not expect: {said[:400]}", hint="the same command with --debug, for the traceback")
         if self.mode == "json":
+            import json
+
             about = {"type": type(error).__name__, "exit_code": error.exit_code, "message": error.message, "hint": error.hint}
             if isinstance(error, UsageError):
                 about["problems"] = error.problems
             text = json.dumps({"error": about}, ensure_ascii=False)
         else:
             text = f"weft: {error}"
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
         return error.exit_code
 
     def interrupted(self) -> int:
@@ -102,6 +109,8 @@ class Output:
         if self.resume is not None and self.resume.exists():
             message += f"; the same command with --resume {self.resume} goes on"
         if self.mode == "json":
+            import json
+
             message = json.dumps({"error": {"type": "Interrupted", "exit_code": 130, "message": message, "hint": ""}})
         else:
             message = f"\nweft: {message}"
@@ -168,8 +177,27 @@ def made_text(delta: Delta) -> str:
     return f"{delta.path}  {amount(delta.nbytes)}, {len(delta.entries)} targets\nid {delta.id}"
 
 
+_LAYOUT = "\n\t"
+_REORDERING = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def printable(text: str, layout: str = _LAYOUT) -> str:
+    """The text with control characters as `\\u001b`, which JSON reads too: names and notes of a file must not steer a terminal.
+
+    Those of `layout` stay. Marks that reorder what is shown, and halves of surrogate pairs, are escaped as well.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c in layout or not _steers(c) else f"\\u{ord(c):04x}" for c in text)
+
+
+def _steers(c: str) -> bool:
+    return c < " " or "\x7f" <= c <= "\x9f" or "\ud800" <= c <= "\udfff" or c in _REORDERING or c in "\u2028\u2029"
+
+
 def table(rows: Sequence[Sequence[str]], indent: str = "  ") -> str:
-    """Rows of text as aligned columns."""
+    """Rows of text as aligned columns. A line break or tab inside a cell is escaped: one row is one line."""
+    rows = [[printable(cell, layout="") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join((indent + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))).rstrip() for row in rows)
 

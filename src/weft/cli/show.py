@@ -33,7 +33,7 @@ def command(out: Output, delta: Path) -> None:
     manifest = found.manifest()
     size = delta.stat().st_size
     out.result({"path": str(delta), "id": found.id, "bytes": size, **manifest, "notes": dict(found.notes)}, _page(found, size), found.id)
-    out.next(f"weft verify {delta} --base BASE")
+    out.next("weft verify {} --base BASE", delta)
 
 
 def _page(delta: Delta, size: int) -> str:

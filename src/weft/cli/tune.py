@@ -49,7 +49,7 @@ def command(out: Output, base: str, data: tuple[Path, ...], params: tuple[str, .
     with out.training() as progress:
         delta = tune(base, [*data], out=target, progress=progress, **how, **given)
     out.result(made(delta), f"{made_text(delta)}\n{', '.join(_told(delta))}", delta.id)
-    out.next(f"weft eval {base} {' '.join(map(str, [*how['on'], target]))} --data TEST.jsonl")
+    out.next(f"weft eval {{}} {'{} ' * (len(how['on']) + 1)}--data TEST.jsonl", base, *how["on"], target)
 
 
 def _told(delta: Delta) -> list[str]:

@@ -38,7 +38,10 @@ def command(out: Output, delta: Path, base: str | None) -> None:
     record = {"ok": True, "path": str(delta), "id": found.id, "base": found.base, "base_checked": base is not None, "checked": checked}
     unchecked = [] if base is not None else ["  not checked: the base (give --base BASE)"]
     out.result(record, "\n".join([f"{delta} is whole", *(f"  {line}" for line in checked), *unchecked]))
-    out.next(f"weft show {delta}" if base is None else f"weft fold {base} {delta} -o DIR")
+    if base is None:
+        out.next("weft show {}", delta)
+    else:
+        out.next("weft fold {} {} -o DIR", base, delta)
 
 
 def _against(out: Output, delta: Delta, name: str) -> list[str]:

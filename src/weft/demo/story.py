@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .._write import write_bytes
-from ..errors import WeftError
+from ..errors import InputError, WeftError
 from . import docstrings, minilm
 
 Say = Callable[[str], None]
@@ -31,6 +31,7 @@ def run(out: str | Path = "weft-demo", say: Say = print, *, progress: Callable[[
 
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    folder = fresh(out / "folded")
     began = time.perf_counter()
     model_path = minilm()
     base = weft.Base.open(model_path)
@@ -62,7 +63,6 @@ def run(out: str | Path = "weft-demo", say: Say = print, *, progress: Callable[[
     for name, value in accuracy.items():
         say(f"eval      {value:6.1%}  {name}")
 
-    folder = fresh(out / "folded")
     weft.fold(base, [merged], folder)
     folded = float(weft.evaluate(weft.Base.open(folder), [], files["test"])["metrics"]["accuracy"])
     say(f"fold      {folder.name}/  a full checkpoint again; it scores {folded:.1%} by itself")
@@ -82,10 +82,12 @@ def run(out: str | Path = "weft-demo", say: Say = print, *, progress: Callable[[
 
 
 def fresh(folder: Path) -> Path:
-    """`folder`, without what an earlier demo left there."""
+    """`folder`, without what an earlier demo left there. InputError if it is not a demo's: then merged.safetensors is not beside it."""
     import shutil
 
     if folder.exists():
+        if not (folder.parent / "merged.safetensors").is_file():
+            raise InputError(f"{folder} is there already, and no demo made it", hint="weft demo --out ANOTHER_FOLDER")
         shutil.rmtree(folder)
     return folder
 

@@ -173,6 +173,35 @@ def packed(examples: Sequence[Example]) -> Example:
     return out
 
 
+# --- what a tokenizer and a model allow
+
+
+def most_tokens(tokenizer: Any, config: Mapping[str, Any], asked: int) -> int:
+    """The most tokens an example may have: what was asked for (0: 512), or less if the tokenizer or the model take fewer."""
+    known = [asked or 512, int(min(getattr(tokenizer, "model_max_length", 1 << 40), 1 << 40))]
+    positions = config.get("max_position_embeddings", config.get("n_positions"))
+    if isinstance(positions, int):
+        known.append(positions - (2 if config.get("model_type") in ("roberta", "xlm-roberta", "camembert") else 0))
+    return min(known)
+
+
+def pad_id(tokenizer: Any) -> int:
+    """The id to pad with: the tokenizer's own, else its end of text, else 0. Padding is masked, so any will do."""
+    for value in (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None)):
+        if isinstance(value, int):
+            return value
+    return 0
+
+
+def opened(tokenizer: Any, text: str) -> list[int]:
+    """A text's token ids, with what the tokenizer puts in front and without the end token that some append."""
+    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    return ids[:-1] if ids and ids[-1] == getattr(tokenizer, "eos_token_id", None) else ids
+
+
+# --- batches as tensors
+
+
 def padded(examples: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:
     """A batch: `input_ids`, `attention_mask` and `labels` (batch x longest), padded on the right; single labels as a vector.
 

@@ -36,7 +36,7 @@ class PlainProgress:
 
     def __call__(self, event: Event) -> None:
         if event["event"] == "start":
-            self._began = event["time"]
+            self._began, self._next = event["time"], event["time"] + self._every
         if event["event"] != "step" or event["time"] < self._next:
             return
         self._next = event["time"] + self._every

@@ -319,7 +319,7 @@ class Increments:
                     yield f"{model.label}: {error.message}"
         if self.base is None and len({delta.base for delta in deltas}) > 1:
             each = ", ".join(f"{model.label} for {(model.delta.base or 'none')[:12]}" for model in self._models if isinstance(model, _Update))
-            yield f"the deltas were made for different bases: {each} (carry one over with `weft port`)"
+            yield f"the deltas were made for different bases: {each}"
         if any(delta.quantisation != self.quantisation for delta in deltas):
             yield "the deltas disagree about how the base is quantised"
         named = {id for delta in deltas for id in delta.over}

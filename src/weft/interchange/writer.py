@@ -15,8 +15,8 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..base import Base
-from ..delta import Delta, patched
+from ..base import Base, merge_patch
+from ..delta import Delta
 from ..errors import MismatchError, UsageError
 from ..ops.magnitude import norms
 from ..stored import Tensor, hold
@@ -109,7 +109,7 @@ def export(
     delta.require_base(base)
     from .live import Live, skeleton
 
-    config = patched(base.config, {k: v for k, v in delta.config.items() if k != "tie_word_embeddings"})
+    config = merge_patch(base.config, {k: v for k, v in delta.config.items() if k != "tie_word_embeddings"})
     live = Live(base, model if model is not None else skeleton(base, config), [delta])
     contents = Contents(delta, base, live, to=to, rank=rank, energy=energy)
     loras = _loras(contents)

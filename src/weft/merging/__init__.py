@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..base import Base
 from ..config import as_dict, make
-from ..delta import BLOB, Delta, Entry, renumbered
+from ..delta import Delta, Entry, added_ops, apart, renumbered, scaled_ops
 from ..engine.increments import Block, Increments, Target, Update
 from ..engine.stream import BLOCK, in_threads, reuse_memory
 from ..errors import InputError, UsageError
@@ -179,15 +179,19 @@ def _merged(models: Increments, rule: MergeMethod[Any], weights: list[float], cf
 def _combined(models: Increments, coefficients: Sequence[float], names: Sequence[str]) -> tuple[dict[str, Entry], dict[str, Tensor]]:
     """sum_i c_i delta_i on some tensors by the algebra of deltas: no number is read. Models with c = 0 are left out."""
     keep = set(names)
-    total: Delta | None = None
+    entries: dict[str, Entry] = {}
+    tensors: dict[str, Tensor] = {}
     for number, (update, c) in enumerate(zip(models.updates, coefficients, strict=True)):
-        if isinstance(update, Delta) and c != 0:
-            entries = {name: entry for name, entry in models.entries(number).items() if name in keep}
-            tensors = {key: tensor for key, tensor in update.tensors.items() if not key.startswith(BLOB)}
-            part = replace(update, base=models.fingerprint, entries=entries, tensors=tensors, config={})
-            part = part if c == 1 else part.scaled(c)
-            total = part if total is None else total + part
-    return renumbered(total.entries, total.tensors) if total is not None else ({}, {})
+        if not isinstance(update, Delta) or c == 0:
+            continue
+        chosen = {name: entry for name, entry in models.entries(number).items() if name in keep}
+        used = {key: update.tensors[key] for entry in chosen.values() for op in entry.ops for key in op.tensor_keys()}
+        theirs, data = apart(replace(update, entries=chosen, tensors=used), tensors)
+        tensors |= data
+        for name, entry in theirs.items():
+            ops = entry.ops if c == 1 else scaled_ops(entry.ops, c)
+            entries[name] = replace(entry, ops=added_ops(entries[name].ops, ops) if name in entries else ops)
+    return renumbered(entries, tensors)
 
 
 class Kernel:

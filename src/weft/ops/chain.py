@@ -48,7 +48,7 @@ def apply_op(w: Array, entry: OpEntry, get: Get) -> Array:
     if entry.op == SUM:
         new = xp.wide(view)
         for term in entry.terms:
-            new = new + term.scale * (xp.wide(apply_chain(view, term.ops, get)) - xp.wide(view))
+            new = new + term.scale * xp.change(apply_chain(view, term.ops, get), view)
         new = xp.narrow(new, w)
     else:
         op = op_named(entry.op)
@@ -88,7 +88,10 @@ def rewrite(stored: Array, ops: Sequence[OpEntry], get: Get) -> Array:
         new = apply_chain(old, ops[start:last], get)
         rounded = xp.narrow(new, stored)
         if bool((new != new).any()):  # NaNs: rounding may change their payload, so entries with unchanged bits are kept
-            rounded = _keep(stored, rounded, old, new)
+            rounded = xp.where(xp.integers(old) == xp.integers(new), stored, rounded)
+        zero = new == 0
+        if bool(zero.any()):  # -0 + 0 is +0: an entry that was zero and stays zero keeps its sign
+            rounded = xp.where(zero & (old == 0), stored, rounded)
         stored = rounded
     for entry in ops[max(start, last) :]:
         stored = _apply_raw(stored, entry, get)
@@ -103,29 +106,14 @@ def _apply_raw(stored: Array, entry: OpEntry, get: Get) -> Array:
     return entry.at.set(stored, new) if entry.at is not None else new
 
 
-def _keep(stored: Array, rounded: Array, old: Array, new: Array) -> Array:
-    if xp.is_torch(stored):
-        import torch
-
-        bits = torch.int64 if new.dtype == torch.float64 else torch.int32
-        return torch.where(old.view(bits) == new.view(bits), stored, rounded)
-    import numpy as np
-
-    integer = f"i{new.itemsize}"
-    return np.where(np.ascontiguousarray(old).view(integer) == np.ascontiguousarray(new).view(integer), stored, rounded)
-
-
-def increment(w: Array, ops: Sequence[OpEntry], get: Get) -> Array:
-    """apply(w) - w: the task vector of one tensor, in w's dtype (float32 or float64)."""
-    return xp.narrow(xp.wide(apply_chain(w, ops, get)) - xp.wide(w), w)
-
-
 def validate(shape: Shape, dtype: str, entry: OpEntry, info: Mapping[str, Info]) -> None:
     """Check one op entry against a target of `shape` and `dtype` from headers alone. Raises ValueError."""
     view = entry.at.shape(shape) if entry.at is not None else shape
     if entry.op == SUM:
         if entry.cfg or entry.t or not entry.terms:
             raise ValueError("`sum` takes terms and nothing else")
+        if dtype not in FLOATS:
+            raise ValueError(f"a {dtype} tensor takes only `assign`, got 'sum'")
         for term in entry.terms:
             for inner in term.ops:
                 validate(view, dtype, inner, info)

@@ -23,6 +23,7 @@ class LowRank(Op):
     trainable = ("A", "B")
     defaults = {"scale": 1.0}
     additive = True
+    drops = True
     by_rows = True
     row_fields = frozenset({"B", "B0"})
 

@@ -94,6 +94,8 @@ class Op:
     """Works on stored values of any dtype, without arithmetic (`assign`)."""
     trainable: ClassVar[tuple[str, ...] | None] = None
     """Fields with gradients; None means every floating-point field."""
+    drops: ClassVar[bool] = False
+    """Whether `forward` drops entries of its input while training (`ctx.drop`)."""
     identity_at_init: ClassVar[bool] = True
     """Whether apply(w, init(...)) is w, bit for bit."""
 
@@ -179,8 +181,6 @@ def expect(t: Mapping[str, Info], field: str, shape: Sequence[int | None], kind:
     if len(info.shape) != len(shape) or any(want is not None and want != got for want, got in zip(shape, info.shape, strict=True)):
         wanted = ", ".join("any" if s is None else str(s) for s in shape)
         raise ValueError(f"field {field}: expected shape [{wanted}], got {list(info.shape)}")
-    if (info.dtype in FLOATS) if kind == "index" else (info.dtype not in FLOATS):
+    if info.dtype not in (("I64", "I32") if kind == "index" else FLOATS):
         raise ValueError(f"field {field}: expected {'I64 or I32' if kind == 'index' else 'floating point'} values, got {info.dtype}")
-    if kind == "index" and info.dtype not in ("I64", "I32"):
-        raise ValueError(f"field {field}: expected I64 or I32 values, got {info.dtype}")
     return info.shape

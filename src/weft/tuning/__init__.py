@@ -184,9 +184,9 @@ def _try_out(model: nn.Module, goal: Objective, device: torch.device) -> None:
 
 def _configs(types: Mapping[str, type[msgspec.Struct]], params: Mapping[str, Any]) -> dict[str, Any]:
     """A config of each type, with `params` shared out over them; one UsageError with everything that is wrong."""
-    shared = config.assign([f"{key}={value}" for key, value in params.items()], types)
+    shared, wrong = config.share([f"{key}={value}" for key, value in params.items()], types)
     plain = {key.replace("-", "_"): value for key, value in params.items()}
-    made, wrong = {}, []
+    made = {}
     for part, kind in types.items():
         values = {name: plain.get(name, plain.get(f"{part.replace('-', '_')}.{name}")) for name in shared[part]}
         try:

@@ -62,23 +62,6 @@ class Objective:
     pad: int = 0
 
 
-def limit(tokenizer: Any, config: Mapping[str, Any], asked: int) -> int:
-    """The most tokens an example may have: what was asked for (0: 512), or less if the tokenizer or the model take fewer."""
-    known = [asked or 512, int(min(getattr(tokenizer, "model_max_length", 1 << 40), 1 << 40))]
-    positions = config.get("max_position_embeddings")
-    if isinstance(positions, int):
-        known.append(positions - (2 if config.get("model_type") in ("roberta", "xlm-roberta", "camembert") else 0))
-    return min(known)
-
-
-def pad_id(tokenizer: Any) -> int:
-    """The id to pad with: the tokenizer's own, else its end of text, else 0. Padding is masked, so any will do."""
-    for value in (getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None)):
-        if isinstance(value, int):
-            return value
-    return 0
-
-
 def tokenizer_needed(tokenizer: Any, objective: str) -> Any:
     """The tokenizer; UsageError if there is none."""
     if tokenizer is None:

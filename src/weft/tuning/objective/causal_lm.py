@@ -9,11 +9,11 @@ import msgspec
 import torch
 from torch import nn
 
-from ...engine.data import IGNORE, Example, Row, field, pack, packed, padded
+from ...engine.data import IGNORE, Example, Row, field, most_tokens, opened, pack, packed, pad_id, padded
 from ...engine.loop import Batch
 from ...errors import InputError, UsageError
 from ...methods import method
-from . import Objective, class_for, limit, pad_id, tokenizer_needed
+from . import Objective, class_for, tokenizer_needed
 
 if TYPE_CHECKING:
     from ...base import Base
@@ -42,7 +42,7 @@ class CausalLM(Objective):
         if not str(known[0]).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
             self.architecture = class_for(base.config, "CAUSAL_LM")
             self.patch = {"architectures": [self.architecture]}
-        most = limit(tokenizer, base.config, cfg.max_length)
+        most = most_tokens(tokenizer, base.config, cfg.max_length)
         encode = _Encoder(tokenizer, most)
         examples = [encode(row, k) for k, row in enumerate(rows)]
         kept = [example for example in examples if any(label != IGNORE for label in example["labels"][1:])]
@@ -88,21 +88,16 @@ class _Encoder:
         if "messages" in row:
             return self._messages(row, number)
         if "prompt" in row:
-            start = self._opened(field(row, "prompt", number))
+            start = opened(self._tokenizer, field(row, "prompt", number))
             rest = self._closed(self._tokenizer(field(row, "completion", number), add_special_tokens=False)["input_ids"])
             rest = rest[: self._most]
             start = start[len(start) + len(rest) - self._most :] if len(start) + len(rest) > self._most else start
             return {"input_ids": start + rest, "labels": [IGNORE] * len(start) + rest}
-        ids = self._closed(self._opened(field(row, "text", number)))
+        ids = self._closed(opened(self._tokenizer, field(row, "text", number)))
         return self._cut(ids, ids)
 
     def _cut(self, ids: list[int], labels: list[int]) -> Example:
         return {"input_ids": ids[: self._most], "labels": labels[: self._most]}
-
-    def _opened(self, text: str) -> list[int]:
-        """Tokens with what the tokenizer puts in front, without an end token."""
-        ids: list[int] = self._tokenizer(text)["input_ids"]
-        return ids[:-1] if self._end and ids[-1:] == self._end else ids
 
     def _closed(self, ids: list[int]) -> list[int]:
         return ids if ids[-1:] == self._end else ids + self._end

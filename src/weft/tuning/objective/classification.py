@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
-from ...engine.data import Row, field
+from ...engine.data import Row, field, most_tokens, pad_id
 from ...errors import InputError
 from ...methods import method
-from . import Objective, class_for, limit, pad_id, tokenizer_needed
+from . import Objective, class_for, tokenizer_needed
 
 if TYPE_CHECKING:
     from ...base import Base
@@ -47,7 +47,7 @@ class Classification(Objective):
         self.pad = pad_id(tokenizer)
         self.patch = _patch(base.config, self.architecture, [str(label) for label in labels], self.pad)
         number = {label: k for k, label in enumerate(labels)}
-        encoded = tokenizer(texts, truncation=True, max_length=limit(tokenizer, base.config, cfg.max_length))["input_ids"]
+        encoded = tokenizer(texts, truncation=True, max_length=most_tokens(tokenizer, base.config, cfg.max_length))["input_ids"]
         self.examples = [{"input_ids": ids, "labels": number[label]} for ids, label in zip(encoded, given, strict=True)]
 
 

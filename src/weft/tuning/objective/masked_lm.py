@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
-from ...engine.data import IGNORE, Example, Row, field
+from ...engine.data import IGNORE, Example, Row, field, most_tokens, pad_id
 from ...engine.loop import Batch
 from ...errors import InputError
 from ...methods import method
-from . import Objective, class_for, limit, pad_id, tokenizer_needed
+from . import Objective, class_for, tokenizer_needed
 
 if TYPE_CHECKING:
     from ...base import Base
@@ -45,7 +45,7 @@ class MaskedLM(Objective):
         if base.config.get("architectures") != [self.architecture]:
             self.patch = {"architectures": [self.architecture]}
         texts = [field(row, "text", k) for k, row in enumerate(rows)]
-        encoded = tokenizer(texts, truncation=True, max_length=limit(tokenizer, base.config, cfg.max_length))["input_ids"]
+        encoded = tokenizer(texts, truncation=True, max_length=most_tokens(tokenizer, base.config, cfg.max_length))["input_ids"]
         self.examples = [{"input_ids": ids, "labels": ids} for ids in encoded if not self._special.issuperset(ids)]
         if not self.examples:
             raise InputError("no row of the data has a token to guess")
