@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -292,6 +293,18 @@ def test_show_says_what_a_delta_is(weft: Run, head: Path, bert: Path) -> None:
     assert record["id"] == delta.id and record["bytes"] == head.stat().st_size and set(record["entries"]) == set(delta.entries)
     assert record["base"]["fingerprint"] == Base.open(bert).fingerprint and record["notes"] == {}
     assert weft("show", head, "--format", "quiet") == (0, delta.id + "\n", "")
+
+
+def test_what_a_file_says_cannot_steer_a_terminal(weft: Run, small_delta: Path) -> None:
+    """A note of escape codes, a line break that would fake a row, C1 controls and reversed text: shown as text, in every format."""
+    hostile = "\x1b[2J\x1b]0;title\x07 \x9b31m \u202egnp.exe\nid fake"
+    dataclasses.replace(Delta.load(small_delta), notes={"by": hostile}).save(small_delta)
+    for words in ((), ("--format", "json"), ("--format", "quiet")):
+        said = weft("show", small_delta, *words)
+        assert said.code == 0 and not any(c in said.out + said.err for c in "\x1b\x07\x9b\u202e")
+    assert weft("show", small_delta, "--format", "json").data["notes"] == {"by": hostile}
+    shown = weft("show", small_delta).out
+    assert "\\u001b[2J" in shown and "\\u202egnp.exe" in shown and "id fake" not in [line.strip() for line in shown.splitlines()]
 
 
 def test_show_reads_every_kind_of_entry(weft: Run, small_delta: Path) -> None:

@@ -120,6 +120,7 @@ def read(path: str | Path, *, values: bool = True) -> Delta:
         want = manifest["tensors"][key]["sha256"]
         if tensor.sha256 != want:
             raise FormatError(f"{path}: tensor {key!r} is damaged (expected sha256 {want[:12]}, got {tensor.sha256[:12]})", hint="copy the file again")
+    delta.__dict__["_id"] = id  # just computed from all that `Delta.id` would read again
     if values:
         try:
             delta.validate_values()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -34,6 +35,7 @@ from .events import Events
 Batch = dict[str, torch.Tensor]
 
 _STATE = "weft_state"
+_TRIM_EVERY = 10
 _RECENT = 20
 """Steps over which the final loss is averaged."""
 
@@ -194,6 +196,8 @@ def train(
             run.optimizer.step()
             run.optimizer.zero_grad(set_to_none=True)
             run.step += 1
+            if run.step % _TRIM_EVERY == 0:
+                _trim()
             for hook in run.hooks:
                 hook.after_step(run)
             recent.append(loss)
@@ -212,6 +216,18 @@ def train(
     summary = Summary(sum(recent) / max(1, len(recent)), run.step, tokens, events.seconds)
     events("end", step=run.step, loss=summary.loss, seconds=round(summary.seconds, 3), tokens=tokens)
     return summary
+
+
+def _trim() -> None:
+    """Give freed memory back to the system (glibc; elsewhere nothing).
+
+    Batches of many lengths leave the heap in pieces: without this a run of 750 steps on MiniLM grew from 1.1 to 4 GB.
+    """
+    import ctypes
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _gradients(run: Run, model: nn.Module, accelerator: Any, positions: Sequence[int], epoch: int) -> tuple[float, int]:

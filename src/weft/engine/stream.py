@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache
+from itertools import chain, islice
 from math import prod
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -158,7 +159,12 @@ def in_threads(jobs: Iterable[Callable[[], T]], threads: int) -> Generator[T, No
 
     Close the iterator before closing what the jobs write to: closing waits for those that run.
     """
-    if threads <= 1:
+    jobs = iter(jobs)
+    first = list(islice(jobs, 2))
+    jobs = chain(first, jobs)
+    single = len(first) < 2  # starting a thread takes longer than most tiny tensors do
+    del first
+    if threads <= 1 or single:
         for job in jobs:
             yield job()
         return
