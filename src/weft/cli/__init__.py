@@ -5,6 +5,7 @@ Commands are imported when they are used, so that `weft --help` and `weft show` 
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     130 after Ctrl-C and 141 when the reader of stdout went away, as shells count them. Nothing is raised, errors are
     written to stderr: as text, or as one line of JSON, `{"error": {...}}`, with `--format json`.
     """
+    gc.set_threshold(50_000)  # imports make many objects and no garbage: looking for it took about a tenth of the start
     from .output import Output, format_in
 
     words = list(sys.argv[1:] if argv is None else argv)
