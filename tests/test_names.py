@@ -14,32 +14,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from tests.test_base import BERT as ENCODER
+from tests.test_base import LLAMA as DECODER
 from weft.base import Base
 from weft.errors import MismatchError
 from weft.names import NameMap, Place, _Piece, _Traced, _Untraceable, live_tensors, saved_layout
 from weft.ops.spec import At
 
-DECODER: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 64,
-    "max_position_embeddings": 32,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-BERT: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 64,
-    "max_position_embeddings": 32,
-    "num_labels": 3,
-}
+BERT: dict[str, Any] = {**ENCODER, "num_labels": 3}
 
 
 def randomised(model: Any, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:

@@ -89,22 +89,11 @@ def _explain(path: Path, error: OSError) -> WeftError:
 
 
 @contextmanager
-def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
-    """A binary file open for reading and writing that becomes `path` when the block ends without an error.
-
-    On an error nothing is left and an existing `path` is untouched. OSErrors come out as WeftError that names `path`.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"cannot write {path}: it is a folder")
+def _becoming(path: Path) -> Iterator[Path]:
+    """A temporary name that is renamed to `path` when the block ends without an error, and removed if it does not."""
     tmp = _prepare(path)
     try:
-        fd = os.open(tmp, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o600)
-        with os.fdopen(fd, "w+b") as handle:
-            yield handle
-            handle.flush()
-            os.fchmod(handle.fileno(), 0o666 & ~_umask())
-            os.fsync(handle.fileno())
+        yield tmp
         os.replace(tmp, path)
         _sync_folder(path.parent)
     except OSError as error:
@@ -116,13 +105,30 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A binary file open for reading and writing that becomes `path` when the block ends without an error.
+
+    On an error nothing is left and an existing `path` is untouched. OSErrors come out as WeftError that names `path`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder")
+    with _becoming(path) as tmp:
+        fd = os.open(tmp, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o600)
+        with os.fdopen(fd, "w+b") as handle:
+            yield handle
+            handle.flush()
+            os.fchmod(handle.fileno(), 0o666 & ~_umask())
+            os.fsync(handle.fileno())
+
+
+@contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """A fresh folder to fill that becomes `path` when the block ends without an error. `path` must not exist, or be empty."""
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"cannot write {path}: it exists already", hint="choose another name, or remove it first")
-    tmp = _prepare(path)
-    try:
+    with _becoming(path) as tmp:
         tmp.mkdir(mode=0o700)
         yield tmp
         mask = _umask()
@@ -138,14 +144,6 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
             _sync_folder(Path(folder))
         if path.exists():
             path.rmdir()
-        os.replace(tmp, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        _remove(tmp)
-        raise _explain(path, error) from error
-    except BaseException:
-        _remove(tmp)
-        raise
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
