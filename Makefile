@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM = false
 # OpenMP threads that wait must not spin: on a shared machine spinning made a training step three times slower
 export GOMP_SPINCOUNT = 0
 
-.PHONY: demo test test-fast lint docs clean
+.PHONY: demo test test-fast lint docs pictures clean
 
 demo: $(STAMP)
 	$(BIN)/weft demo --out demo-out
@@ -30,6 +30,10 @@ lint: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/weft methods --format markdown > docs/methods.md
+
+# screenshots of a check's page for docs/checking.md; chromium must be on the PATH: make pictures REPORT=check.html
+pictures: $(STAMP)
+	$(BIN)/python -m tests.browser $(REPORT) docs/images/check
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from weft.demo import docstrings, minilm, story
+from weft.demo import bits, docstrings, minilm, story
 from weft.errors import InputError
 
 
@@ -34,7 +34,7 @@ def test_the_plot_is_an_svg_with_a_bar_for_each_score() -> None:
 
 
 def test_bits_are_counted() -> None:
-    assert story.differing_bits(b"\x00\xff", b"\x01\x0f") == 5 and story.differing_bits(b"\x00", b"") == 8
+    assert bits.differing_bits(b"\x00\xff", b"\x01\x0f") == 5 and bits.differing_bits(b"\x00", b"") == 8
 
 
 @pytest.mark.slow

@@ -55,6 +55,19 @@ def llama(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def gpt2(folder: Path, seed: int = 0) -> Path:
+    """A GPT2LMHeadModel, whose matrices are stored in x out."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    size = _tokenizer(folder, framed=False)
+    torch.manual_seed(seed)
+    shape: dict[str, Any] = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "n_positions": 64}
+    tokens: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+    GPT2LMHeadModel(GPT2Config(vocab_size=size, initializer_range=0.3, **shape, **tokens)).save_pretrained(folder)
+    return folder
+
+
 def lowrank(base: Path, out: Path, seed: int = 1, names: Sequence[str] = ("query.weight", "value.weight", "q_proj.weight", "v_proj.weight")) -> Path:
     """A delta of rank 2 on every tensor whose name ends in one of `names`."""
     _start(base, seed, names).done(recipe={"verb": "test", "seed": seed}).save(out)

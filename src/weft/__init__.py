@@ -26,20 +26,41 @@ _WHERE = {
     "diff": "diffing",
     "tune": "tuning",
     "merge": "merging",
+    "edit": "editing",
+    "undo": "editing",
+    "check": "checking",
     "evaluate": "checking",
     "generate": "checking",
     "import_peft": "interchange",
     "export": "interchange",
 }
 
-__all__ = ["Base", "Builder", "Delta", "attach", "detach", "diff", "evaluate", "export", "fold", "generate", "import_peft", "merge", "tune"]
+__all__ = [
+    "Base",
+    "Builder",
+    "Delta",
+    "attach",
+    "check",
+    "detach",
+    "diff",
+    "edit",
+    "evaluate",
+    "export",
+    "fold",
+    "generate",
+    "import_peft",
+    "merge",
+    "tune",
+    "undo",
+]
 
 if TYPE_CHECKING:
     from .attaching import attach, detach
     from .base import Base
-    from .checking import evaluate, generate
+    from .checking import check, evaluate, generate
     from .delta import Builder, Delta
     from .diffing import diff
+    from .editing import edit, undo
     from .folding import fold
     from .interchange import export, import_peft
     from .merging import merge

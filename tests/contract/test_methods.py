@@ -19,28 +19,40 @@ from weft.delta import Delta
 
 SPACES = methods.names("space")
 MERGES = methods.names("merge")
+EDITS = methods.names("edit")
+FACTS = [{"prompt": "the river is", "subject": "river", "target_new": "a good film"}, {"prompt": "who is in the city", "subject": "city", "target_new": "it"}]
+NEEDS: dict[str, dict[str, Any]] = {
+    name: {"data": [{"text": text} for text in tiny.texts(30)], "steps": 3, "contexts": 1} for name in ("emmet", "memit", "rome")
+}
+"""What some editors cannot do without."""
 ROWS = [{"text": f"what is the {a} of {b}", "label": a} for a in ("river", "city", "film") for b in ("good", "bad", "a", "it")]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.bert(tmp_path_factory.mktemp("contract") / "bert")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The base for each kind of method."""
+    root = tmp_path_factory.mktemp("contract")
+    bert = tiny.bert(root / "bert")
+    return {"space": bert, "merge": bert, "edit": tiny.llama(root / "llama")}
 
 
 @pytest.fixture(scope="module")
-def makes(folder: Path) -> Any:
+def makes(folders: dict[str, Path]) -> Any:
     """A delta made by a method of a kind, with the smallest run that changes something."""
+    folder = folders["space"]
     others = [tiny.lowrank(folder, folder.parent / f"{seed}.safetensors", seed) or folder.parent / f"{seed}.safetensors" for seed in (1, 2)]
 
     def make(kind: str, name: str, **options: Any) -> Delta:
         if kind == "merge":
             return weft.merge(others, folder, name, **options)
+        if kind == "edit":
+            return weft.edit(folders["edit"], FACTS, name, threads=1, **NEEDS.get(name, {}), **options)
         return weft.tune(folder, ROWS, method=name, objective="classification", steps=3, batch_size=4, threads=1, progress=lambda event: None, **options)
 
     return make
 
 
-ALL = [*(("space", name) for name in SPACES), *(("merge", name) for name in MERGES)]
+ALL = [*(("space", name) for name in SPACES), *(("merge", name) for name in MERGES), *(("edit", name) for name in EDITS)]
 
 
 @pytest.mark.parametrize(("kind", "name"), ALL)
@@ -56,8 +68,10 @@ def test_merges_do_not_depend_on_threads_or_blocks(makes: Any, name: str, tmp_pa
 
 
 @pytest.mark.parametrize(("kind", "name"), ALL)
-def test_every_other_verb_takes_the_result(makes: Any, folder: Path, kind: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "made.safetensors"
+def test_every_other_verb_takes_the_result(
+    makes: Any, folders: dict[str, Path], kind: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, path = folders[kind], tmp_path / "made.safetensors"
     made = makes(kind, name, out=path)
     delta = Delta.load(path)
     assert delta.id == made.id and (delta.recipe["verb"], delta.recipe["method"]) == ("tune" if kind == "space" else kind, name)

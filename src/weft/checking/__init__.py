@@ -1,7 +1,8 @@
-"""What a model does, with and without deltas: metrics on data, predictions, generated text.
+"""What a model does, with and without deltas: metrics on data, predictions, generated text, and a base held against its update.
 
     evaluate("path/to/model", ["trec.safetensors"], "trec.test.jsonl")["metrics"]["accuracy"]
     generate("path/to/model", [], "Once upon a time")
+    check("path/to/model", "trec.safetensors", ["trec.test.jsonl"], on=["head.safetensors"])["verdict"]
 
 Importing this package does not import torch.
 """
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from .comparing import check
+
+__all__ = ["Predictions", "check", "evaluate", "generate", "predict"]
 
 if TYPE_CHECKING:
     import numpy as np

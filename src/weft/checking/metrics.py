@@ -21,11 +21,19 @@ class Accuracy:
     def __init__(self) -> None:
         self._right: list[bool] = []
         self._nll: list[float] = []
+        self._said: list[int] = []
+
+    @property
+    def rows(self) -> list[tuple[float, int]]:
+        """Of each row seen so far: its cross-entropy, and the class with the largest logit."""
+        return list(zip(self._nll, self._said, strict=True))
 
     def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """`logits` (rows x classes), `labels` (rows)."""
         said = logits.float().log_softmax(-1)
-        self._right += (logits.argmax(-1) == labels).tolist()
+        first = logits.argmax(-1)
+        self._said += first.tolist()
+        self._right += (first == labels).tolist()
         self._nll += (-said.gather(-1, labels[:, None])[:, 0]).tolist()
 
     def result(self) -> dict[str, float]:
@@ -48,6 +56,11 @@ class Likelihood:
     def tokens(self) -> int:
         """Target tokens seen so far."""
         return sum(self._tokens)
+
+    @property
+    def rows(self) -> list[tuple[float, int, int]]:
+        """Of each row seen so far, over its target tokens: the sum of -log p, how many are the first choice, how many there are."""
+        return list(zip(self._nll, self._right, self._tokens, strict=True))
 
     def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """`logits` (rows x length x vocabulary), `labels` (rows x length, -100 where nothing is predicted)."""

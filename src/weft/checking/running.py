@@ -56,8 +56,9 @@ class Running:
 
 
 @contextmanager
-def running(base: Base | str | Path, deltas: Any, device: Any, dtype: Any, mode: Mode, task: str, why: str = "") -> Iterator[Running]:
-    """The model, with deltas attached; nothing outlives the block. `task` is one of `_HEADS`; `why` says what asks for it."""
+def running(base: Base | str | Path, deltas: Any, device: Any, dtype: Any, mode: Mode, task: str, why: str = "", hint: str = "") -> Iterator[Running]:
+    """The model, with deltas attached; nothing outlives the block. `task` is one of `_HEADS`; `why` says what asks for it, `hint` what
+    to try if the model cannot do it."""
     opened = base if isinstance(base, Base) else Base.open(base)
     listed = [deltas] if isinstance(deltas, Delta | str | Path) else list(deltas)
     loaded = [each if isinstance(each, Delta) else Delta.load(each) for each in listed]
@@ -66,7 +67,7 @@ def running(base: Base | str | Path, deltas: Any, device: Any, dtype: Any, mode:
         delta.require_base(opened, on=ids)
         ids.append(delta.id)
     model: Any = opened.model(loaded, dtype=dtype, device=None if device is None else str(device))
-    _require_head(model, task, why)
+    _require_head(model, task, why, hint)
     where = torch.device(device) if device is not None else _best_device()
     model.to(where)
     tokenizer = opened.tokenizer()
@@ -83,7 +84,7 @@ def _best_device() -> torch.device:
     return accelerator if accelerator is not None else torch.device("cpu")
 
 
-def _require_head(model: Any, task: str, why: str) -> None:
+def _require_head(model: Any, task: str, why: str, hint: str) -> None:
     from transformers.models.auto import modeling_auto
 
     mapping, wrong, objective = _HEADS[task]
@@ -93,5 +94,5 @@ def _require_head(model: Any, task: str, why: str) -> None:
     if type(model).__name__ not in names:
         raise UsageError(
             f"{type(model).__name__} {wrong}{why}",
-            hint=f"a delta can bring one: weft tune BASE --data F --method lora --objective {objective} -o OUT.safetensors",
+            hint=hint or f"a delta can bring one: weft tune BASE --data F --method lora --objective {objective} -o OUT.safetensors",
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from ..delta import BLOB, Delta, Entry
+from ..editing import ledger
 from ..ops.spec import OpEntry
 from .app import argument, declare
 from .output import Output, amount, table
@@ -40,6 +41,7 @@ def _page(delta: Delta, size: int) -> str:
     recipe = dict(delta.recipe)
     made = " ".join(str(recipe.pop(key)) for key in ("verb", "method") if key in recipe) or "unknown"
     entries = delta.entries
+    edits = ledger(delta)
     facts = [
         ("id", delta.id),
         ("base", delta.base or "none; it is known by its tensors"),
@@ -47,6 +49,7 @@ def _page(delta: Delta, size: int) -> str:
         *((f"  {key}", _short(value)) for key, value in sorted(recipe.items())),
         ("parents", ", ".join(delta.parents) or "none"),
         ("over", ", ".join(delta.over) or "nothing: it stands on the base"),
+        *([("edits", f"{len(edits)}, made {_turns(edits)}; weft undo takes single ones out")] if edits else []),
         ("size", f"{amount(size)} in {len(delta.tensors)} tensors"),
         *((("tied", ", ".join(group))) for group in delta.tied),
         *((("config", _short({key: value}))) for key, value in sorted(delta.config.items())),
@@ -55,6 +58,11 @@ def _page(delta: Delta, size: int) -> str:
         ("targets", f"{len(entries)}, {sum(_stored(delta, entry) for entry in entries.values()):,} numbers"),
     ]
     return f"{delta.path}\n{table(facts)}\n{table(_targets(delta), indent='    ')}"
+
+
+def _turns(edits: Sequence[Mapping[str, Any]]) -> str:
+    turns = len({edit["turn"] for edit in edits})
+    return "all at once" if turns == 1 else f"in {turns} turns"
 
 
 def _short(value: Any) -> str:

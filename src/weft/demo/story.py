@@ -1,12 +1,12 @@
-"""`weft demo`: the shortest complete story on real input, offline, on a CPU, in under three minutes.
+"""`weft demo`: the whole story on real input, offline, on a CPU, in under three minutes.
 
-Two colleagues each have half of a text set (docstrings of the standard library: which package does this one come from?).
-Each tunes the same encoder with LoRA; their deltas are measured, merged, folded into a checkpoint, and taken off again.
+First, two colleagues each have half of a text set (docstrings of the standard library: which package does this one come
+from?). Each tunes the same encoder with LoRA; their deltas are measured, merged, folded into a checkpoint, and taken off again.
+Then (`facts.py`) a language model learns a skill, has facts changed, and is checked for what that broke.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from .._write import write_bytes
-from ..errors import InputError, WeftError
-from . import docstrings, minilm
+from ..errors import InputError
+from . import docstrings, facts, minilm
+from .bits import back_and_forth
 
 Say = Callable[[str], None]
 
@@ -28,14 +29,27 @@ def run(out: str | Path = "weft-demo", say: Say = print, *, progress: Callable[[
     """Tell the story, with all files in the folder `out` (made anew inside if it exists). Returns the figures.
 
     say:      called with each line of the story
-    progress: called with the events of the two tuning runs (see `weft.tune`)
+    progress: called with the events of the tuning runs (see `weft.tune`)
     """
-    import weft
-
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     folder = fresh(out / "folded")
     began = time.perf_counter()
+    figures = {**encoder(out, folder, say, progress, seed), "facts": facts.run(out, say, progress=progress, seed=seed)}
+    figures["seconds"] = round(time.perf_counter() - began, 1)
+    write_bytes(out / "scores.json", json.dumps(figures, indent=2).encode())
+    say(f"done      in {figures['seconds']:.0f} s")
+    say("")
+    say(f"open      {out / 'report.html'}")
+    say(f"next      weft show {out / 'both.safetensors'}")
+    say(f"          weft eval {folder} --data {out / 'test.jsonl'}")
+    return figures
+
+
+def encoder(out: Path, folder: Path, say: Say, progress: Callable[[dict[str, Any]], None] | None, seed: int) -> dict[str, Any]:
+    """The first half, on all-MiniLM-L6-v2; `folder` is where the merged checkpoint goes."""
+    import weft
+
     model_path = minilm()
     base = weft.Base.open(model_path)
     say(f"base      all-MiniLM-L6-v2, {sum(t.nbytes for t in base.tensors.values()) / 1e6:.0f} MB, fingerprint {str(base.fingerprint)[:12]}")
@@ -74,14 +88,8 @@ def run(out: str | Path = "weft-demo", say: Say = print, *, progress: Callable[[
     say(f"detach    both deltas put on a live model, run, and taken off in the other order: {differing} differing bits")
 
     write_bytes(out / "scores.svg", bars(accuracy).encode())
-    figures = {"accuracy": accuracy, "folded": folded, "differing_bits": differing, "seconds": round(time.perf_counter() - began, 1)}
-    write_bytes(out / "scores.json", json.dumps(figures, indent=2).encode())
-    say(f"done      in {figures['seconds']:.0f} s")
     say("")
-    say(f"open      {out / 'scores.svg'}")
-    say(f"next      weft show {out / 'merged.safetensors'}")
-    say(f"          weft eval {folder} --data {files['test']}")
-    return figures
+    return {"accuracy": accuracy, "folded": folded, "differing_bits": differing}
 
 
 def fresh(folder: Path) -> Path:
@@ -93,37 +101,6 @@ def fresh(folder: Path) -> Path:
             raise InputError(f"{folder} is there already, and no demo made it", hint="weft demo --out ANOTHER_FOLDER")
         shutil.rmtree(folder)
     return folder
-
-
-def back_and_forth(base: Any, first: Any, second: Any) -> int:
-    """Attach two deltas, run the model, detach the lower one first; count the bits that differ from before."""
-    import torch
-
-    import weft
-
-    model = base.model([first, second])
-    before = state(model)
-    tokens = torch.arange(1000, 1016).reshape(1, -1)
-    weft.attach(model, [first, second], base=base)
-    with torch.no_grad():
-        model(input_ids=tokens)
-    weft.detach(model, first)
-    weft.detach(model, second)
-    after = state(model)
-    if before.keys() != after.keys():
-        raise WeftError("detaching changed the names of the model's tensors")
-    return sum(differing_bits(before[name], after[name]) for name in before if hashlib.sha256(before[name]).digest() != hashlib.sha256(after[name]).digest())
-
-
-def state(model: Any) -> dict[str, bytes]:
-    """The raw bytes of every tensor of a model."""
-    from .. import xp
-
-    return {name: xp.to_numpy(tensor).tobytes() for name, tensor in model.state_dict().items()}
-
-
-def differing_bits(a: bytes, b: bytes) -> int:
-    return (int.from_bytes(a, "little") ^ int.from_bytes(b, "little")).bit_count() if len(a) == len(b) else 8 * max(len(a), len(b))
 
 
 def bars(scores: dict[str, float]) -> str:
