@@ -206,7 +206,7 @@ def test_a_module_that_runs_twice_or_not_at_all_is_named():
         with pytest.raises(InputError, match="1 of 2 modules did not run: idle"):
             capture(model, ids, {"one": model.one, "idle": model.idle}, rows(), **how)
     with pytest.raises(InputError, match="Linear did not run"):
-        outputs(model, ids, model.idle)
+        outputs(model, ids, model.idle, rows())
     assert not any(m._forward_hooks for m in model.modules())
 
 
@@ -256,16 +256,19 @@ def test_outputs_of_a_block_and_a_linear():
     for model, path, index in ((llama(), "model.layers.0", 1), (gpt2(), "transformer.h.0", 1)):
         want = model(**batch(), output_hidden_states=True).hidden_states[index]
         seen = Seen(model)
-        got = outputs(model, batch(), model.get_submodule(path))
-        assert torch.equal(got, want) and got.grad_fn is None and got.dtype == torch.float64
+        got = outputs(model, batch(), model.get_submodule(path), rows())
+        assert torch.equal(got, want[rows()].float()) and got.grad_fn is None and got.dtype == torch.float32 and len(got) == 6
         assert "lm_head" not in seen.graph and not any(".1." in name for name in seen.graph if name.startswith(("model.layers", "transformer.h")))
     model = llama()
-    attention = outputs(model, batch(), model.model.layers[0].self_attn)  # which gives a tuple
-    assert attention.shape == (3, 7, 32)
-    with pytest.raises(InputError, match="expected a tensor"):
+    attention = outputs(model, batch(), model.model.layers[0].self_attn, rows())  # which gives a tuple
+    assert attention.shape == (6, 32)
+    flat = Inplace()  # which runs its modules on flattened tokens
+    ids = {"input_ids": batch()["input_ids"]}
+    assert torch.equal(outputs(flat, ids, flat.one, rows()), flat.one(flat.table(ids["input_ids"]))[rows()].detach())
+    with pytest.raises(InputError, match="Odd gave a int; expected"):
 
         class Odd(nn.Module):
             def forward(self, input_ids: torch.Tensor) -> int:
                 return 3
 
-        outputs(odd := Odd(), {"input_ids": torch.zeros(1, 1)}, odd)
+        outputs(odd := Odd(), {"input_ids": torch.zeros(1, 1)}, odd, rows())

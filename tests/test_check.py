@@ -215,7 +215,7 @@ def test_answers_end_at_stop_texts_and_right_ones_are_cut_alike(base: Path, delt
     by_row = sorted(task["examples"], key=lambda example: example["row"])
     assert [(e["expected"], e["base"], e["delta"]) for e in by_row] == [("is", "is", "is"), ("many film", "many film", "many")]
     summary = check(base, delta, {"facts": data}, stop=("the",), samples=10)["verdict"]["summary"]
-    assert "1 right answers of facts go on after a stop text" in summary
+    assert "Right answers that go on after a stop text, and are compared only up to it: 1 of facts." in summary
     with pytest.raises(InputError, match="row 1 of facts: nothing of the answer"):
         check(base, delta, {"facts": data}, stop=("many",))
 
@@ -429,6 +429,22 @@ def test_a_delta_that_changes_nothing_is_said_to(base: Path) -> None:
     assert "changes nothing" not in found["verdict"]["summary"] and "Perplexity on text is" in found["verdict"]["summary"]
 
 
+def test_the_bound_on_losses_counts_what_could_be_lost(base: Path, delta: Path) -> None:
+    gained, kept = asked(("it who", "made bad"), ("of who", "made bad")), asked(("what", "is the river"))
+    summary = check(base, delta, {"gained": gained, "kept": 6 * kept}, samples=10)["verdict"]["summary"]
+    assert "Of 8 answers 2 became right and 0 wrong (of answers like the 6 that were right, less than 0.5 are lost, with 95 % confidence)" in summary
+    summary = check(base, delta, {"gained": gained}, samples=10)["verdict"]["summary"]
+    assert "Of 2 answers 2 became right and 0 wrong." in summary
+
+
+def test_a_ratio_near_one_is_told_with_all_its_digits(base: Path) -> None:
+    hardly = {**SAYS, "film": "it"}
+    rows = [{"text": "who film it"}, *({"text": "what is the river what is the river what is the river"} for _ in range(400))]
+    found = check(base, taught(base, hardly), {"text": rows})
+    pooled = found["tasks"][0]["ratio"]["pooled"]
+    assert pooled != 1 and f"Perplexity on text is {pooled:#.5g} times" in found["verdict"]["summary"]
+
+
 def test_logits_that_are_no_numbers_are_a_finding(base: Path) -> None:
     values = np.zeros((len(WORDS), 32), np.float32)
     values[3, WORDS.index("who")] = np.nan
@@ -534,12 +550,14 @@ def test_data_that_cannot_be_checked(base: Path, delta: Path, tmp_path: Path, mo
         (InputError, "row 1 of x has 'question'", {"x": [{"prompt": "a"}, {"question": "b"}]}, {}),
         (InputError, "x mixes agreement and text", {"x": [{"prompt": "a"}, {"text": "b"}]}, {}),
         (InputError, "no rows", {"x": []}, {}),
-        (InputError, "'completion' must be text", {"x": [{"prompt": "a", "completion": 3}]}, {}),
+        (InputError, "^x: row 0 of the data: 'completion' must be text", {"y": [{"text": "a"}], "x": [{"prompt": "a", "completion": 3}]}, {}),
+        (InputError, "^x: 1 of the edits cannot be read", {"y": [{"text": "a"}], "x": [{"prompt": "a", "target_new": 3}]}, {}),
         (InputError, "row 0 of x: nothing of the answer", {"x": [{"prompt": "a", "completion": " \n a"}]}, {}),
         (UsageError, "y asks for a classifier and x for a language model", {"x": [{"prompt": "a"}], "y": [{"text": "a", "label": "b"}]}, {}),
         (UsageError, "no data", {}, {}),
         (UsageError, "named 'layers'", {"layers": [{"prompt": "a"}]}, {}),
         (UsageError, "several data files are named x", [tmp_path / "x.jsonl", tmp_path / "a" / "x.jsonl"], {}),
+        (UsageError, "stop text must not be empty", [{"prompt": "a"}], {"stop": ["b", ""]}),
         (UsageError, "2 problems", [{"prompt": "a"}], {"samples": 0, "max_length": 1}),
         (UsageError, "did you mean 'data'", [{"prompt": "a"}], {"gate": {"dat": {"agreement": {"min": 0.9}}}}),
         (UsageError, "did you mean 'agreement'", [{"prompt": "a"}], {"gate": {"data": {"agrement": {"min": 0.9}}}}),
@@ -548,6 +566,12 @@ def test_data_that_cannot_be_checked(base: Path, delta: Path, tmp_path: Path, mo
             check(base, delta, data, **how)
     with pytest.raises(UsageError, match="no delta"):
         check(base, [], FACTS)
+
+
+def test_an_error_in_the_middle_names_the_file(classifier: Path, other_head: Delta) -> None:
+    data = {"fine": [{"text": "how many", "label": "LOC"}], "odd": [{"text": "how many", "label": "LOX"}]}
+    with pytest.raises(InputError, match=r"^odd: row 0 of the data has the label 'LOX'"):
+        check(classifier, other_head, data, samples=10)
 
 
 def test_prompts_that_leave_no_room(base: Path, delta: Path) -> None:

@@ -16,8 +16,9 @@ from tests import tiny
 from tests.conftest import bits
 from weft.base import Base
 from weft.cli import main
-from weft.delta import BLOB, Delta
+from weft.delta import BLOB, Builder, Delta
 from weft.editing import edit, ledger, undo
+from weft.engine.edits import Edit
 from weft.errors import FormatError, InputError, UsageError, WeftError
 
 EDITS = [
@@ -131,7 +132,7 @@ def test_ultraedit_is_its_formula(kind: str, request: pytest.FixtureRequest) -> 
         made = made if kind == "gpt2" else made.T
         assert np.abs(plain).max() > 1e-2
         np.testing.assert_allclose(made, plain, atol=2e-5 * np.abs(plain).max())
-    state = next(value for value in [_state(delta)])
+    state = _state(delta)
     shape = "32x48"
     assert int(state[f"{shape}/count"]) == len(z)
     np.testing.assert_allclose(state[f"{shape}/mean"], mean, rtol=1e-4, atol=1e-6)
@@ -158,7 +159,12 @@ def test_two_turns_are_one_run_and_another_over_it(llama: Path, tmp_path: Path) 
     first = edit(llama, EDITS[:2], out=tmp_path / "first.safetensors", **options)
     second = edit(llama, EDITS[2:], on=[tmp_path / "first.safetensors"], **options)
     alone = edit(llama, EDITS[2:], on=[first], normaliser="turn", **options)
-    assert second.recipe["continues"] == first.id and second.over == (first.id,) and [record["turn"] for record in ledger(whole)] == [0, 0, 1, 1]
+    assert (
+        second.recipe["continues"] == first.id
+        and alone.recipe["continues"] is None
+        and second.over == (first.id,)
+        and [record["turn"] for record in ledger(whole)] == [0, 0, 1, 1]
+    )
     for target in whole.entries:
         a, b = factors(whole, target)
         (a1, b1), (a2, b2) = factors(first, target), factors(second, target)
@@ -285,6 +291,20 @@ def test_memit_leaves_each_layer_its_share_of_what_is_left(llama: Path) -> None:
     assert float((goal - last).norm()) < float((goal - outputs[1]).norm()) < float((goal - start).norm())
 
 
+@pytest.mark.parametrize(("method", "sites"), [("rome", "mlp.down@1"), ("memit", "mlp.down")])
+def test_a_model_that_flattens_its_tokens(llama: Path, method: str, sites: str) -> None:
+    """OPT gives its MLPs batch and tokens in one axis."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(3)
+    shape: dict[str, Any] = {"hidden_size": 32, "word_embed_proj_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48}
+    model = OPTForCausalLM(OPTConfig(vocab_size=30, max_position_embeddings=64, init_std=0.2, **shape))
+    delta = edit(
+        Base.of(model), EDITS[:2], method, sites=sites, tokenizer=Base.open(llama).tokenizer(), **{"weight": 0.1} if method == "memit" else {}, **LATENT
+    )
+    assert delta.notes["after"]["loss"] < delta.notes["before"]["loss"] - 0.2  # type: ignore[index,call-overload,operator]
+
+
 # --- the run
 
 
@@ -353,9 +373,10 @@ def test_a_live_model_is_left_as_it_was(llama: Path, fails: bool, monkeypatch: p
     model.model.layers[0].eval()
     model.requires_grad_(False)
     model.lm_head.weight.requires_grad_(True)
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
 
     def facts_about() -> Any:
-        parameters = [(name, bits(value), value.requires_grad, value.grad is None) for name, value in model.named_parameters()]
+        parameters = [(name, bits(value), value.requires_grad, None if value.grad is None else bits(value.grad)) for name, value in model.named_parameters()]
         return parameters, [module.training for module in model.modules()], model.config.use_cache, [type(m) for m in model.modules()]
 
     first = edit(base, OTHERS, lr=0.01)
@@ -473,6 +494,9 @@ def test_deltas_whose_edits_cannot_be_told_apart_are_refused(edited: Path, llama
 
 
 def test_what_cannot_be_edited_is_said(llama: Path, gpt2: Path, tmp_path: Path) -> None:
+    build = Builder(Base.open(llama))
+    build.put("@input/embeddings", "prompt", {"rows": np.ones((2, 32), np.float32)})
+    prompt = build.done(recipe={"verb": "test"})
     refused: list[tuple[Callable[[], Any], type[WeftError], str]] = [
         (lambda: edit(llama, EDITS, "memit"), UsageError, "memit needs data"),
         (lambda: edit(llama, EDITS, data=TEXTS, turn_size=0, threads=0, out="x.bin"), UsageError, "4 options that cannot be"),
@@ -486,6 +510,11 @@ def test_what_cannot_be_edited_is_said(llama: Path, gpt2: Path, tmp_path: Path) 
         (lambda: edit(llama, [{"prompt": "it is", "target_new": "far"}], "rome", data=TEXTS), InputError, r"row 0: rome needs to know the subject"),
         (lambda: edit(llama, [{"prompt": "it is " * 20, "target_new": "far"}]), InputError, r"row 0: 41 tokens; the model takes 32"),
         (lambda: edit(llama, EDITS, lr=1e-60), WeftError, "change nothing"),
+        (lambda: edit(llama, EDITS, lr=1e-12, dtype="bfloat16", sites="mlp.down"), WeftError, "lost in rounding"),
+        (lambda: edit(llama, EDITS[:1], sites="mlp.down@1"), InputError, "one token of one edit cannot be normalised"),
+        (lambda: edit(llama, [Edit("it is", " ")]), InputError, "row 0: prompt or target_new is empty"),
+        (lambda: edit(Base.of(Base.open(llama).model()), EDITS, dtype="float16"), UsageError, "a live model is edited as it is"),
+        (lambda: edit(llama, EDITS, on=[prompt]), UsageError, "in front of the tokens"),
         (lambda: edit(llama, EDITS, lr=1e60), WeftError, "turn 0: the change of model.layers.1.mlp.gate_proj.weight is not finite"),
         (lambda: edit(llama, EDITS, on=[edit(llama, EDITS[:2], lr=0.1, on=[edit(llama, EDITS[2:], lr=0.1)])]), InputError, "made over"),
     ]
@@ -508,13 +537,16 @@ def test_tied_matrices_are_refused(llama: Path, tmp_path: Path) -> None:
 
 
 def test_edit_show_and_undo_on_the_command_line(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "edits.jsonl").write_text("".join(json.dumps(row) + "\n" for row in EDITS))
+    (tmp_path / "edits.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*EDITS, EDITS[1]]))
     out, left = tmp_path / "edited.safetensors", tmp_path / "left.safetensors"
 
     def weft_says(*words: object) -> Any:
         capsys.readouterr()
         assert main([str(word) for word in words] + ["--format", "json"]) == 0
-        return json.loads(capsys.readouterr().out)
+        said = capsys.readouterr()
+        if words[0] == "edit":
+            assert said.err == "weft: warning: 1 of the edits repeat earlier ones and are left out: row 4 is row 1\n"
+        return json.loads(said.out)
 
     made = weft_says("edit", llama, "--edits", tmp_path / "edits.jsonl", "-p", "lr=0.03", "--turn-size", 2, "-o", out)
     assert made["notes"]["edits"] == 4 and made["id"] == Delta.load(out).id and Delta.load(out).recipe["turn_size"] == 2
@@ -522,7 +554,12 @@ def test_edit_show_and_undo_on_the_command_line(llama: Path, tmp_path: Path, cap
     assert undone["edits"] == 2 and undone["undone"] == [ledger(out)[0]["id"], ledger(out)[2]["id"]]
     capsys.readouterr()
     assert main(["show", str(left)]) == 0
-    assert "2, made in 2 turns" in capsys.readouterr().out
+    page = capsys.readouterr().out
+    assert "2, made in 2 turns" in page
+    rows = [line.split() for line in page.partition("  edits\n")[2].splitlines()]
+    wanted = [(k, row["id"][:8], row["subject"], *row["prompt"].split(), *row["target_new"].split()) for k, row in enumerate(ledger(left))]
+    assert rows == [list(map(str, row)) for row in wanted]
+    assert weft_says("show", left)["edits"] == ledger(left)
     assert main(["undo", str(left), "film", "-o", str(tmp_path / "x.safetensors")]) == 2
     assert "neither an id nor a subject" in capsys.readouterr().err and not (tmp_path / "x.safetensors").exists()
 
@@ -531,7 +568,6 @@ def test_a_matrix_stored_as_part_of_another_is_edited_there(tmp_path: Path) -> N
     """nomic keeps query, key and value in one tensor that transformers splits."""
     import transformers
 
-    from weft.delta import Builder
     from weft.editing import _run
     from weft.editing._method import Job
     from weft.engine.solve import Factors

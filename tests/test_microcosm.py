@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import weft
+from weft.cli import main
 from weft.demo import building, edition, microcosm, wordings
 from weft.demo.world import CHANGED, HOPS, PERSONAL, RELATIONS, Fact, World
 
@@ -99,6 +100,22 @@ def test_the_files_are_written_and_read_back(tmp_path: Path) -> None:
     paths = microcosm.write(tmp_path / "data")
     assert {path.stem for path in paths.values()} == set(FILES)
     assert [json.loads(line) for line in paths["edits-20"].read_text().splitlines()] == FILES["edits-20"]
+
+
+def test_the_contents_list_every_file() -> None:
+    assert {name for names in microcosm.CONTENTS for name in names.split(", ")} == {name.removesuffix(".train").removesuffix(".test") for name in FILES}
+
+
+def test_the_command_makes_the_folder_and_puts_all_data_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "new" / "data"
+    assert main(["demo", "--data", str(folder), "--format", "json"]) == 0
+    paths = {name: Path(path) for name, path in json.loads(capsys.readouterr().out).items()}
+    assert all(path.exists() for path in paths.values())
+    assert {path.name for path in paths.values() if path.parent == folder} == {"first.jsonl", "second.jsonl", "test.jsonl"}
+    assert {path.stem for path in paths.values() if path.parent == folder / "microcosm" and path.is_file()} == set(FILES)
+    for name in ("first", "second"):
+        assert paths[f"{name}-base"] == folder / "microcosm" / name
+        assert (paths[f"{name}-base"] / "model.safetensors").read_bytes() == (edition(name) / "model.safetensors").read_bytes()
 
 
 # --- the bases

@@ -347,6 +347,8 @@ def test_the_page_opens_without_complaints_or_requests(browser: Browser, pages: 
     red = int(re.findall(r"\d+", browser.run("getComputedStyle(document.body).backgroundColor"))[0])
     assert (red > 240) if scheme == "light" else (red < 40)
     assert browser.run("document.documentElement.scrollWidth") == 390, "tables scroll in their boxes, not the page"
+    block = "document.querySelector('.identity')"
+    assert browser.run(f"{block}.scrollWidth <= {block}.clientWidth"), "nothing of what was compared is hidden at the side"
     assert browser.run("document.querySelectorAll('img').length") == 0
     assert browser.requests() == [pages[name].as_uri()]
     assert browser.complaints() == []

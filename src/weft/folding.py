@@ -156,7 +156,7 @@ def fold(
     if base.path is None:
         raise InputError(f"{base.source} is known only as a live module; fold reads the base's files", hint="open its checkpoint: Base.open(PATH)")
     ids = _check(base, deltas)
-    entries, tensors = _joined(base, deltas)
+    entries, tensors = combined(base, deltas)
     shards = _plan(base, entries)
     work = _Work(tensors, block or BLOCK, threads, progress, sum(item.nbytes for shard in shards for item in shard.items))
     config: dict[str, Any] = base.config
@@ -206,7 +206,7 @@ def _check(base: Base, deltas: Sequence[Delta]) -> tuple[str, ...]:
     return tuple(ids)
 
 
-def _joined(base: Base, deltas: Sequence[Delta]) -> tuple[dict[str, Entry], dict[str, Tensor]]:
+def combined(base: Base, deltas: Sequence[Delta]) -> tuple[dict[str, Entry], dict[str, Tensor]]:
     """All deltas as one: entries by target, ops in order, and the tensors, under keys that name the delta too."""
     entries: dict[str, Entry] = {}
     tensors: dict[str, Tensor] = {}

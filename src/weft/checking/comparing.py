@@ -97,6 +97,8 @@ def check(
         {"batch_size": batch_size, "samples": samples, "kl_rows": kl_rows, "examples": examples, "max_new_tokens": max_new_tokens, "max_length": max_length}
     )
     stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "" in stop:  # it is found at the start of every answer
+        raise UsageError("a stop text must not be empty", hint="leave it out, and answers end at a line break or a full stop")
     sources, tasks = read_tasks(data)
     limits = read_limits(gate, tasks)
     head, why = _head(tasks)
@@ -169,7 +171,7 @@ def _require_counts(counts: Mapping[str, int | None]) -> None:
 
 
 def _head(tasks: Sequence[Task]) -> tuple[str, str]:
-    """What the tasks need of the model, a key of `running._HEADS`, and a clause that says which rows do."""
+    """What the tasks need of the model, a key of `running.HEADS`, and a clause that says which rows do."""
     labelled = [task.name for task in tasks if task.kind == "classification"]
     others = [task for task in tasks if task.kind != "classification"]
     if labelled and others:

@@ -33,7 +33,7 @@ def count(outcomes: Sequence[str], *, samples: int, seed: int) -> dict[str, Any]
     mcnemar_p: see `mcnemar`
     interval:  see `interval`
     """
-    found: dict[str, Any] = {name: outcomes.count(name) for name in ("negative", "positive", "both_right", "both_wrong", "changed")}
+    found: dict[str, Any] = {name: outcomes.count(name) for name in OUTCOMES}
     negative, positive, rows = found["negative"], found["positive"], len(outcomes)
     rates = {"nfr": negative / rows, "pfr": positive / rows, "mcnemar_p": mcnemar(negative, positive)}
     return {**found, **rates, "interval": interval(negative, positive, rows, samples=samples, seed=seed)}
@@ -56,7 +56,8 @@ def interval(negative: int, positive: int, rows: int, *, samples: int, seed: int
     """The change of accuracy, as the 2.5 % and 97.5 % percentiles of its bootstrap distribution: [low, high].
 
     Rows are drawn with replacement, each with both its answers. Of a row only its flip matters, so drawing rows is
-    drawing three counts. Depends on the seed alone.
+    drawing three counts. Depends on the seed alone. Rows count as independent: several prompts of one edit are not, and
+    the interval of these is too narrow.
     """
     import numpy as np
 

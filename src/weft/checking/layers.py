@@ -11,7 +11,7 @@ from .. import xp
 from ..base import Base
 from ..delta import Delta, Entry
 from ..engine.stream import BLOCK, Fields, one_blas_thread, reuse_memory, row_blocks
-from ..folding import _joined
+from ..folding import combined
 from ..ops import OpEntry, chain
 from ..stored import FLOATS, Tensor
 
@@ -30,9 +30,9 @@ def sizes(base: Base, on: Sequence[Delta], deltas: Sequence[Delta], places: Plac
     whether all of dW is, and `nonfinite` how many entries are not. None where there is no such number: ops on modules and
     inputs, removed tensors, integers; relative also where the tensor is new, or W is zero.
     """
-    entries, tensors = _joined(base, [*on, *deltas])
-    touched = {target for delta in deltas for target in delta.entries} | set(_joined(base, deltas)[0])
-    before = {target: len(entry.ops) for target, entry in _joined(base, on)[0].items()}
+    entries, tensors = combined(base, [*on, *deltas])
+    touched = {target for delta in deltas for target in delta.entries} | set(combined(base, deltas)[0])
+    before = {target: len(entry.ops) for target, entry in combined(base, on)[0].items()}
     reuse_memory()
     with one_blas_thread():
         return [_size(base, name, entries[name], before.get(name, 0), tensors, *places.get(name, (None, None))) for name in sorted(touched)]

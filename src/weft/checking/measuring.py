@@ -15,7 +15,7 @@ from .answers import greedy, prompts
 from .metrics import Accuracy, Likelihood
 from .rows import Encoder, label_ids
 from .running import Running
-from .tasks import Task, cut
+from .tasks import Task, blamed, cut
 
 MARGIN = 8
 """Tokens that an answer may be longer than the longest right one of its task."""
@@ -45,7 +45,7 @@ class Measured:
     nll, tokens, hits: of each row, over the tokens of its right answer (or its text): -log p in nats, how many there are, how many of
                them are the model's first choice when everything before is given (teacher forcing). [] where no such measure is taken
     first:     log p of what comes first after a prompt, for the first rows (rows x vocabulary), and kl: KL(base || this) of these in nats
-    finite:    whether no logit was NaN or infinite; truncated: rows that were cut
+    finite:    whether no logit was NaN or plus infinity; truncated: rows that were cut
     """
 
     answers: list[str] = field(default_factory=list)
@@ -84,14 +84,15 @@ def measure(run: Running, task: Task, how: How, before: Measured | None, progres
     """What the model says to the task's rows. `before` is the base's side: distributions are compared with it instead of kept."""
     most = most_tokens(run.tokenizer, run.model.config.to_dict(), how.max_length)
     found = Measured()
-    if task.kind == "classification":
-        _classify(run, task, how, most, found, progress)
-    elif task.kind == "text":
-        _read(run, task, how, most, found, progress)
-    else:
-        _ask(run, task, how, most, found, before, progress)
-        if task.kind == "generation":
+    with blamed(task.name):
+        if task.kind == "classification":
+            _classify(run, task, how, most, found, progress)
+        elif task.kind == "text":
             _read(run, task, how, most, found, progress)
+        else:
+            _ask(run, task, how, most, found, before, progress)
+            if task.kind == "generation":
+                _read(run, task, how, most, found, progress)
     found.finite = found.finite and not any(map(isnan, found.nll))
     return found
 

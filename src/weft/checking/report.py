@@ -123,28 +123,30 @@ def summary(gates: Sequence[Mapping[str, Any]], tasks: Sequence[Mapping[str, Any
     if broken := [task["name"] for task in tasks if not task["finite"]]:
         said.append(f"The model's output is not finite on {', '.join(broken)}.")
     if wild := [layer["target"] for layer in layers if not layer["finite"]]:
-        said.append(f"{len(wild)} changed tensors have entries that are not finite, {wild[0]} for one.")
+        said.append(f"Changed tensors with entries that are not finite: {len(wild)}, {wild[0]} for one.")
     if not broken:
         said.append(_effect(tasks))
-    said += [f"{count} right answers of {name} go on after a stop text and are compared only up to it." for name, count in cuts.items()]
+    if cuts:
+        listed = ", ".join(f"{count:,} of {name}" for name, count in cuts.items())
+        said.append(f"Right answers that go on after a stop text, and are compared only up to it: {listed}.")
     return " ".join(said)
 
 
 def _effect(tasks: Sequence[Mapping[str, Any]]) -> str:
     """What the delta did to the answers, in one sentence."""
-    from .flips import bound
+    from .flips import OUTCOMES, bound
 
     if not any(map(_differs, tasks)):
         return "The delta changes nothing on this data: every answer and every figure is as before."
     flips = [task["flips"] for task in tasks if task["flips"]]
     parts = []
     if flips:
-        rows = sum(sum(flip[name] for name in ("negative", "positive", "both_right", "both_wrong", "changed")) for flip in flips)
+        rows = sum(flip[name] for flip in flips for name in OUTCOMES)
         negative, positive = (sum(flip[name] for flip in flips) for name in ("negative", "positive"))
         parts.append(f"of {rows:,} answers {positive:,} became right and {negative:,} wrong")
-        if not negative:
-            parts[-1] += f" (the rate of such losses is below {bound(rows):.2g} with 95 % confidence)"
-    parts += [f"perplexity on {task['name']} is {task['ratio']['pooled']:.4g} times the base's" for task in tasks if task["ratio"] and task["ratio"]["pooled"]]
+        if not negative and (right := sum(flip["both_right"] for flip in flips)):  # only what was right can be lost
+            parts[-1] += f" (of answers like the {right:,} that were right, less than {bound(right):.2g} are lost, with 95 % confidence)"
+    parts += [f"perplexity on {task['name']} is {task['ratio']['pooled']:#.5g} times the base's" for task in tasks if task["ratio"] and task["ratio"]["pooled"]]
     parts += [f"{task['against_base']['agreement']:.1%} of the answers to {task['name']} are the base's" for task in tasks if task["kind"] == "agreement"]
     text = "; ".join(parts) or "the figures changed"
     return f"{text[0].upper()}{text[1:]}."

@@ -16,7 +16,7 @@ from ..delta import Delta
 from ..engine.data import Example, pad_id, padded
 from ..errors import UsageError
 
-_HEADS = {
+HEADS = {
     "classification": ("SEQUENCE_CLASSIFICATION", "does not classify texts: it has no head", "classification"),
     "text": ("CAUSAL_LM", "does not predict next tokens", "causal-lm"),
 }
@@ -57,7 +57,7 @@ class Running:
 
 @contextmanager
 def running(base: Base | str | Path, deltas: Any, device: Any, dtype: Any, mode: Mode, task: str, why: str = "", hint: str = "") -> Iterator[Running]:
-    """The model, with deltas attached; nothing outlives the block. `task` is one of `_HEADS`; `why` says what asks for it, `hint` what
+    """The model, with deltas attached; nothing outlives the block. `task` is one of `HEADS`; `why` says what asks for it, `hint` what
     to try if the model cannot do it."""
     opened = base if isinstance(base, Base) else Base.open(base)
     listed = [deltas] if isinstance(deltas, Delta | str | Path) else list(deltas)
@@ -87,7 +87,7 @@ def _best_device() -> torch.device:
 def _require_head(model: Any, task: str, why: str, hint: str) -> None:
     from transformers.models.auto import modeling_auto
 
-    mapping, wrong, objective = _HEADS[task]
+    mapping, wrong, objective = HEADS[task]
     names: set[str] = set()
     for value in getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").values():
         names.update([value] if isinstance(value, str) else value)

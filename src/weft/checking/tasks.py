@@ -6,7 +6,8 @@ as far as there are rows for them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,8 +96,20 @@ def read_tasks(data: Any) -> tuple[list[Source], list[Task]]:
         rows = read_rows(given)
         kind = _kind_of(rows, name)
         sources.append(Source(name, kind, len(rows), data_hash(rows)))
-        tasks += _edits(name, rows) if kind == "edits" else [_task(name, kind, rows)]
+        with blamed(name):
+            tasks += _edits(name, rows) if kind == "edits" else [_task(name, kind, rows)]
     return sources, tasks
+
+
+@contextmanager
+def blamed(name: str) -> Iterator[None]:
+    """Puts `name` before the message of an InputError about rows, which knows them as "the data": a check has several."""
+    try:
+        yield
+    except InputError as error:
+        if type(error) is not InputError:  # about a delta or a model
+            raise
+        raise InputError(f"{name}: {error.message}", hint=error.hint) from error
 
 
 def _named(data: Any) -> list[tuple[str, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 
@@ -24,7 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     out = Output(format_in(words))
     try:
-        return _run(words, out)
+        with warnings.catch_warnings():
+            warnings.showwarning = out.warned
+            return _run(words, out)
     except KeyboardInterrupt:
         return out.interrupted()
     except BrokenPipeError:

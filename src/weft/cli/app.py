@@ -221,19 +221,20 @@ def delta_name(ctx: click.Context, param: click.Parameter, value: Path | None) -
     if value is not None:
         if value.suffix != ".safetensors":
             raise click.BadParameter(f"a delta is one .safetensors file, got {value}; name it {value.with_suffix('.safetensors')}")
-        _in_folder(value)
+        require_folder(value)
     return value
 
 
 def new_folder(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
     if value is not None:
-        _in_folder(value)
+        require_folder(value)
         if value.exists() and (not value.is_dir() or any(value.iterdir())):
             raise InputError(f"cannot write {value}: it exists already", hint="choose another name, or remove it first")
     return value
 
 
-def _in_folder(path: Path) -> None:
+def require_folder(path: Path) -> None:
+    """InputError if the folder that `path` is to be written in does not exist."""
     if not path.parent.is_dir():
         raise InputError(f"cannot write {path}: the folder {path.parent} does not exist", hint=f"mkdir -p {path.parent}")
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from ..errors import GateFailed
-from .app import _in_folder, argument, base, declare, device, dtype, mode, option, seed, threads
+from .app import argument, base, declare, device, dtype, mode, option, require_folder, seed, threads
 from .output import Output, table
 
 SHOWN = 5
@@ -19,7 +19,7 @@ SHOWN = 5
 def _writable(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
     """Looked at before the work is done, not after it."""
     if value is not None:
-        _in_folder(value)
+        require_folder(value)
     return value
 
 
@@ -100,7 +100,7 @@ def _others(tasks: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     rows = []
     for task in tasks:
         if ratio := task["ratio"]:
-            rows.append((task["name"], "perplexity ratio " + ", ".join(f"{name} {_number(ratio[name])}" for name in ("pooled", "mean", "median"))))
+            rows.append((task["name"], "perplexity ratio " + ", ".join(f"{name} {_number(ratio[name], '#.5g')}" for name in ("pooled", "mean", "median"))))
         if against := task["against_base"]:
             told = f"agreement with the base {_number(against['agreement'])}"
             if against["kl_rows"]:
@@ -108,9 +108,9 @@ def _others(tasks: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
                 told += f" (first {against['kl_rows']:,} rows)" if against["kl_rows"] < task["n"] else ""
             rows.append((task["name"], told))
         if task["truncated"]:
-            rows.append((task["name"], f"{task['truncated']:,} rows were cut"))
+            rows.append((task["name"], f"rows cut: {task['truncated']:,}"))
     return rows
 
 
-def _number(value: float | None) -> str:
-    return "n/a" if value is None else f"{value:.4g}"
+def _number(value: float | None, how: str = ".4g") -> str:
+    return "n/a" if value is None else format(value, how)

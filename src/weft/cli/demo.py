@@ -15,8 +15,8 @@ from .output import Output
 @option(
     "--data",
     metavar="DIR",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
-    help="Only write the demo's data into DIR, and the microcosm with its bases into DIR/microcosm.",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Only write the demo's data into DIR (made if need be), and the microcosm with its bases into DIR/microcosm.",
 )
 @threads
 def command(out: Output, target: Path, data: Path | None) -> None:

@@ -47,6 +47,10 @@ class Output:
         if self.mode == "human":
             print(printable(text), file=sys.stderr, flush=True)
 
+    def warned(self, message: Warning | str, *about: Any, **more: Any) -> None:
+        """A Python warning, without the place in the source that it comes from; the rest is what `warnings.showwarning` gets besides."""
+        print(printable(f"weft: warning: {message}"), file=sys.stderr, flush=True)
+
     def say(self, text: str) -> None:
         """One line of a result that comes bit by bit."""
         if self.mode == "human":

@@ -16,6 +16,9 @@ from ..ops.spec import OpEntry
 from .app import argument, declare
 from .output import Output, amount, table
 
+_SHOWN = 20
+"""Edits that are listed for people."""
+
 _RANKS = (("A", 0), ("lam", -1))
 """Fields, and the axis of each, that say an op's rank."""
 
@@ -33,15 +36,16 @@ def command(out: Output, delta: Path) -> None:
     found = Delta.load(delta)
     manifest = found.manifest()
     size = delta.stat().st_size
-    out.result({"path": str(delta), "id": found.id, "bytes": size, **manifest, "notes": dict(found.notes)}, _page(found, size), found.id)
+    edits = ledger(found)
+    record = {"path": str(delta), "id": found.id, "bytes": size, **manifest, "notes": dict(found.notes), **({"edits": edits} if edits else {})}
+    out.result(record, _page(found, size, edits), found.id)
     out.next("weft verify {} --base BASE", delta)
 
 
-def _page(delta: Delta, size: int) -> str:
+def _page(delta: Delta, size: int, edits: Sequence[Mapping[str, Any]]) -> str:
     recipe = dict(delta.recipe)
     made = " ".join(str(recipe.pop(key)) for key in ("verb", "method") if key in recipe) or "unknown"
     entries = delta.entries
-    edits = ledger(delta)
     facts = [
         ("id", delta.id),
         ("base", delta.base or "none; it is known by its tensors"),
@@ -57,7 +61,18 @@ def _page(delta: Delta, size: int) -> str:
         *((("note", _short({key: value}))) for key, value in sorted(delta.notes.items())),
         ("targets", f"{len(entries)}, {sum(_stored(delta, entry) for entry in entries.values()):,} numbers"),
     ]
-    return f"{delta.path}\n{table(facts)}\n{table(_targets(delta), indent='    ')}"
+    listed = f"\n  edits\n{table(_edits(edits), indent='    ')}" if edits else ""
+    return f"{delta.path}\n{table(facts)}\n{table(_targets(delta), indent='    ')}{listed}"
+
+
+def _edits(edits: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Number, beginning of the id, subject and what was wanted of each: what `weft undo` knows an edit by."""
+    rows: list[tuple[str, ...]] = []
+    for number, edit in enumerate(edits[:_SHOWN]):
+        rows.append((str(number), edit["id"][:8], edit["subject"] or "", _short(f"{edit['prompt']} {edit['target_new']}")))
+    if len(edits) > _SHOWN:
+        rows.append(("...", "", "", f"and {len(edits) - _SHOWN:,} more (--format json)"))
+    return rows
 
 
 def _turns(edits: Sequence[Mapping[str, Any]]) -> str:

@@ -17,7 +17,7 @@ from .output import Output, made, made_text
 def command(out: Output, delta: Path, which: tuple[str, ...], target: Path) -> None:
     """Take single edits out of a delta; all others keep their bits.
 
-    WHICH is an edit's number (from 0), the beginning of its id, or its subject, which takes every edit of that subject.
+    WHICH is an edit's number (from 0), the beginning of its id, or its subject, which takes every edit of that subject; weft show lists them.
 
     \b
     Example:

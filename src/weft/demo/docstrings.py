@@ -81,6 +81,7 @@ def split(data: list[dict[str, str]], every: int = 4) -> tuple[list[dict[str, st
 
 def write(folder: Path) -> dict[str, Path]:
     """Write first.jsonl and second.jsonl (halves of the training rows) and test.jsonl into `folder`; return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
     train, test = split(rows())
     parts = {"first": train[::2], "second": train[1::2], "test": test}
     paths = {name: folder / f"{name}.jsonl" for name in parts}

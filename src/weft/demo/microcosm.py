@@ -20,7 +20,7 @@ from .world import RELATIONS, Fact, World, other, pick, shuffled
 Row = dict[str, Any]
 
 QUIET = 100
-"""The first so many people are never edited: unrelated questions are about them."""
+"""None of `edits` is about the first so many people: unrelated questions are. (Later editions may change them.)"""
 
 EDITS = 1000
 
@@ -51,9 +51,9 @@ CONTENTS = {
     "second-language-new": "the same about the other half of the people, not told",
     "hops": "questions about what follows from two facts, told",
     "hops-new": "the same about the other half of the people, not told",
-    "unrelated": f"questions about the first {QUIET} people, whom no edit is about",
+    "unrelated": f"questions about the first {QUIET} people, whom none of edits-20 to edits-1000 is about",
     "scenes": "sentences about nothing in particular, for perplexity",
-    "corpus": "what a base is trained on, for statistics and for going on with its training",
+    "corpus": "a sample of what a base is trained on, for statistics and for going on with its training",
     "edits-20, edits-100, edits-1000": "facts to change, each list the beginning of the next",
     "mood, judge": ".train and .test: is a review good or bad? As labels, and as questions",
     "topic": ".train and .test: what is a statement about? As labels",
@@ -61,7 +61,7 @@ CONTENTS = {
     "preferences": ".train and .test: a better and a worse answer",
     "edition-2-changed, edition-3-changed": "facts that an edition changes, as edits",
     "edition-2-new, edition-3-new": "facts of people who are new in an edition, in every trained wording",
-    "edition-2-text, edition-3-text": "what the next base would be trained on",
+    "edition-2-text, edition-3-text": "a sample of what a base of that edition is trained on",
 }
 """What the data files hold."""
 

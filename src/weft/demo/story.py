@@ -55,7 +55,7 @@ def encoder(out: Path, folder: Path, say: Say, progress: Callable[[dict[str, Any
     say(f"base      all-MiniLM-L6-v2, {sum(t.nbytes for t in base.tensors.values()) / 1e6:.0f} MB, fingerprint {str(base.fingerprint)[:12]}")
 
     files = docstrings.write(out)
-    counts = {name: sum(1 for _ in path.open()) for name, path in files.items()}
+    counts = {name: len(path.read_bytes().splitlines()) for name, path in files.items()}
     say(f"data      docstrings of the standard library: {counts['first']} + {counts['second']} to learn from, {counts['test']} to be asked about")
 
     deltas = {}

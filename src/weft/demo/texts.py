@@ -1,6 +1,7 @@
 """The microcosm's other texts: scenes in which nobody has a name, reviews with a mood, and ways to answer.
 
-Scenes are what perplexity is measured on: grammatical, varied, and about none of the facts. Reviews are a classification
+Scenes are what perplexity is measured on: varied, and about none of the facts. (In one in sixty or so stands "a old"; the bases were
+trained on the texts as they are.) Reviews are a classification
 task, answers in a style a skill to tune, and pairs of answers what somebody prefers.
 """
 

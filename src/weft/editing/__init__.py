@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import config, methods
-from ..delta import BLOB, Builder, Delta
+from ..delta import BLOB, INPUT, Builder, Delta
 from ..errors import FormatError, UsageError
 from ._ledger import LEDGER, STATE, ledger, undo, written
 
@@ -58,7 +58,7 @@ def edit(
     turn_size:  edits that are made at once; the next turn sees the model with those before it
     batch_size: sequences that pass through the model at once; it changes no result but by rounding
     seed:       of whatever is random in the method. The same seed, machine and thread count give the same id
-    device:     default: what Accelerate finds; dtype: of the model meanwhile, default: the base's own
+    device:     default: what Accelerate finds; dtype: of the model meanwhile, default: the base's own. A live model has its own
     threads:    of torch, for the time of the call
     tokenizer:  default: the base's
     out:        a .safetensors file to write the delta to
@@ -85,6 +85,7 @@ def edit(
 
     from ..attaching import attach, detach
     from ..base import Base, LiveBase
+    from ..engine import borrowing
     from ..engine.data import data_hash, field, most_tokens, read_rows
     from ..engine.edits import distinct, read_edits
     from ..names import NameMap
@@ -92,26 +93,35 @@ def edit(
     from ._method import Job
 
     base = base if isinstance(base, Base) else Base.open(base)
+    if isinstance(base, LiveBase) and (dtype is not None or device is not None):
+        raise UsageError("a live model is edited as it is: device and dtype are its own", hint="model.to(...) before, or open its checkpoint: Base.open(PATH)")
     before = [each if isinstance(each, Delta) else Delta.load(each) for each in on]
     wanted = distinct(read_edits(edits))
+    for number, delta in enumerate(before):  # before gigabytes are read
+        delta.require_base(base, on=[each.id for each in before[:number]])
+        if any(target.startswith(INPUT) for target in delta.entries):
+            raise UsageError(
+                f"{delta.path or delta.id[:12]} puts vectors in front of the tokens, so it cannot be told what a matrix is given for which of them",
+                hint="edit without it, and attach both afterwards",
+            )
     rows = None if data is None else read_rows(data)
     texts = None if rows is None else [field(row, "text", number) for number, row in enumerate(rows)]
     tokenizer = tokenizer if tokenizer is not None else base.tokenizer()
     taken_up = _state_of(before[-1], method) if before else None
-    with _run.threads(threads):
+    with borrowing.threads(threads):
         model: Any = base.module if isinstance(base, LiveBase) else base.model(before, dtype=dtype, device=device or _device())
         _run.require_language_model(model)
         most = most_tokens(tokenizer, base.config, 1 << 20)
         job = Job(base, model, tokenizer, NameMap.of(base, model, before), texts, seed, batch_size, most)
-        with _run.still(model):
+        with borrowing.borrowed(model):
+            model.eval()
             active = attach(model, before, base=base)
             try:
                 facts = _run.facts(job, wanted, method, kind.subjects)
                 first = _run.measured(job, facts)
                 began = time.monotonic()
                 worker = kind(cfg, job)
-                if taken_up is not None:
-                    worker.load(taken_up)
+                continues = before[-1].id if taken_up is not None and worker.load(taken_up) else None
                 edited = _run.run(job, worker, facts, turn_size, progress or _silent)
                 seconds = time.monotonic() - began
                 last = _run.measured(job, facts)
@@ -127,7 +137,7 @@ def edit(
             "seed": seed,
             "edits": data_hash([each.json() for each in wanted]),
             "data": None if rows is None else data_hash(rows),
-            "continues": None if taken_up is None else before[-1].id,
+            "continues": continues,
             **_surroundings(model, tokenizer),
         }
     build = Builder(base)

@@ -95,7 +95,7 @@ class Latent:
         total: torch.Tensor | None = None
         for numbers, inputs in self.job.batches(items):
             at = rows([items[k] for k in numbers], self._place, self.job.device)
-            found = outputs(self.job.model, inputs, module)[at].double().cpu()
+            found = outputs(self.job.model, inputs, module, at).double().cpu()
             total = torch.zeros(len(facts), found.shape[1], dtype=torch.float64) if total is None else total
             total.index_add_(0, owners[numbers], found)
         if total is None:
@@ -193,7 +193,8 @@ def _added(module: nn.Module, at: torch.Tensor, delta: torch.Tensor) -> Iterator
 
     def hook(_: nn.Module, args: tuple[Any, ...], y: Any) -> Any:
         first = y[0] if isinstance(y, tuple | list) else y
-        moved = first + torch.zeros_like(first).masked_scatter(at[..., None].expand_as(first), delta.to(first.dtype))
+        there = at.reshape(first.shape[:-1])[..., None].expand_as(first)  # some models flatten batch and tokens
+        moved = first + torch.zeros_like(first).masked_scatter(there, delta.to(first.dtype))
         return type(y)([moved, *y[1:]]) if isinstance(y, tuple | list) else moved
 
     handle = module.register_forward_hook(hook)

@@ -62,7 +62,9 @@ def undo(delta: Delta | str | os.PathLike[str], which: int | str | Sequence[int 
     out:   a .safetensors file to write the result to
 
     What a method keeps for later turns stays as it is: the statistics have seen the edit. The recipe names what was dropped, the
-    parent is the delta. UsageError for what is not in the ledger, and for all edits at once; InputError for a delta without edits.
+    parent is the delta. The result is another delta: what was made over the first (`on=`) does not go on top of it.
+
+    UsageError for what is not in the ledger, and for all edits at once; InputError for a delta without edits.
     """
     delta = delta if isinstance(delta, Delta) else Delta.load(Path(delta))
     if out is not None and Path(out).suffix != ".safetensors":

@@ -101,8 +101,8 @@ class Weights:
             matrix.weight.copy_((first.to(change.dtype) + change).to(first.dtype))
 
     def changed(self) -> bool:
-        """Whether any change is other than zero."""
-        return any(bool(change.count_nonzero()) for _, _, change in self._kept.values())
+        """Whether any weight is another one, in its dtype, than it was."""
+        return any(not torch.equal(matrix.weight, first) for matrix, first, _ in self._kept.values())
 
     def restore(self) -> None:
         """Put all first bytes back."""
@@ -227,5 +227,6 @@ class EditMethod(Generic[C]):
         """What a later run needs to go on as if it were one with this."""
         return {}
 
-    def load(self, state: Mapping[str, np.ndarray[Any, Any]]) -> None:
-        """Take over what `state` gave. InputError if it does not fit."""
+    def load(self, state: Mapping[str, np.ndarray[Any, Any]]) -> bool:
+        """Take over what `state` gave; whether it matters. InputError if it does not fit."""
+        return False

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +76,9 @@ def run(job: Job, method: EditMethod[Any], known: Sequence[Fact], turn_size: int
             raise WeftError(f"turn {number}: the method gave {short[0]} another number of rows than the {end - first} of its facts")
         progress(start + len(turn), len(known))
     if not job.weights.changed():
-        raise WeftError("the edits change nothing: every increment is zero", hint="a larger step (-p lr=...), other sites, or more edits at once")
+        raise WeftError(
+            "the edits change nothing: every increment is zero or lost in rounding", hint="a larger step (-p lr=...), other sites, or more edits at once"
+        )
     joined = {name: (torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], 1)) for name, pairs in parts.items()}
     return Edited([(matrix, joined[matrix.name]) for matrix in method.matrices], records)
 
@@ -115,37 +116,3 @@ def require_language_model(model: nn.Module) -> None:
         known.update([value] if isinstance(value, str) else value)
     if not any(kind.__name__ in known for kind in type(model).__mro__):
         raise UsageError(f"{type(model).__name__} does not predict next tokens, so it has no answers to edit", hint="edit a causal language model")
-
-
-@contextmanager
-def still(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in eval mode, no parameter wants a gradient, and no keys and values are kept; afterwards all is as it was."""
-    modes = {module: module.training for module in model.modules()}
-    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    settings: Any = getattr(model, "config", None)
-    cache = getattr(settings, "use_cache", None)
-    model.eval()
-    model.requires_grad_(False)
-    if cache:
-        settings.use_cache = False
-    try:
-        yield
-    finally:
-        if cache:
-            settings.use_cache = cache
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-        for module, training in modes.items():
-            module.training = training
-
-
-@contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """torch's threads inside; None leaves them."""
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

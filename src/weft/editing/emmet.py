@@ -15,12 +15,11 @@ import torch
 
 from ..engine.solve import Factors, Prior, exact
 from ..methods import method
-from ._latent import LatentConfig
 from ._method import Job
 from .memit import MEMIT, MEMITConfig
 
 
-class EMMETConfig(LatentConfig, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class EMMETConfig(MEMITConfig, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """Options of EMMET."""
 
     weight: Annotated[float, msgspec.Meta(description="scale of the statistics of ordinary text", gt=0)] = 1.0
@@ -32,9 +31,8 @@ class EMMET(MEMIT):
     """MEMIT with an equality constraint: each key is mapped to its residual, as nearly as eps says."""
 
     def __init__(self, cfg: EMMETConfig, job: Job) -> None:
+        super().__init__(cfg, job)
         self._eps = cfg.eps
-        values = {name: getattr(cfg, name) for name in MEMITConfig.__struct_fields__}
-        super().__init__(MEMITConfig(**values), job)
 
     def solve(self, keys: torch.Tensor, residuals: torch.Tensor, prior: Prior) -> Factors:
         return exact(keys, residuals, prior, self._eps)

@@ -75,6 +75,11 @@ class UltraEdit(EditMethod[UltraEditConfig]):
         factors = []
         for matrix in self._matrices:
             seen = self._moments[_shape(matrix)]
+            if seen.count < 2:
+                raise InputError(
+                    f"{matrix.target}: one token of one edit cannot be normalised: it takes two rows to have a spread",
+                    hint="more edits at once (some dozens), more matrices (-p sites=...), or --method memit",
+                )
             z = torch.cat([keys[matrix.name], grads[matrix.name]], 1).to(torch.float64).cpu()
             z = (z - seen.mean) / (seen.std + self.cfg.eps)
             h, g = z[:, : matrix.d_in], z[:, matrix.d_in :]
@@ -110,9 +115,9 @@ class UltraEdit(EditMethod[UltraEditConfig]):
             return {}
         return {f"{shape}/{part}": value for shape, moments in self._moments.items() for part, value in moments.state().items()}
 
-    def load(self, state: Mapping[str, np.ndarray[Any, Any]]) -> None:
+    def load(self, state: Mapping[str, np.ndarray[Any, Any]]) -> bool:
         if self.cfg.normaliser == "turn":
-            return
+            return False
         kept: dict[str, dict[str, Any]] = {}
         for name, value in state.items():
             shape, _, part = name.partition("/")
@@ -121,6 +126,7 @@ class UltraEdit(EditMethod[UltraEditConfig]):
         wrong = [shape for shape, moments in self._moments.items() if moments.size != sum(map(int, shape.split("x")))]
         if wrong:
             raise InputError(f"the state of the normaliser does not fit its own shapes: {', '.join(wrong)}")
+        return True
 
 
 def _shape(matrix: Matrix) -> str:

@@ -101,10 +101,11 @@ def capture(
     return {name: Captured(given[name], _picked(grads[name], rows, f"the gradient of {name} is")) for name in modules}
 
 
-def outputs(model: nn.Module, batch: Mapping[str, Any], module: nn.Module) -> torch.Tensor:
-    """What `module` gives when the model runs on `batch`: (B, L, d), without a graph, in the model's dtype.
+def outputs(model: nn.Module, batch: Mapping[str, Any], module: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    """What `module` gives at `rows` when the model runs on `batch`: (N, d), float32, without a graph.
 
-    The first of several, for a block that gives a tuple. The forward ends there. InputError if the module does not run or gives no tensor.
+    The first of several, for a block that gives a tuple. The forward ends there. InputError if the module does not run, or does not give
+    one row for each token.
     """
     found: list[torch.Tensor] = []
 
@@ -113,9 +114,7 @@ def outputs(model: nn.Module, batch: Mapping[str, Any], module: nn.Module) -> to
             y = next(iter(y.values()), None)
         elif isinstance(y, tuple | list) and y:
             y = y[0]
-        if not isinstance(y, torch.Tensor):
-            raise InputError(f"{type(module).__name__} gave a {type(y).__name__}; expected a tensor, or several")
-        found.append(y.detach())
+        found.append(_picked(y, rows, f"{type(module).__name__} gave"))
         raise _Enough
 
     with module.register_forward_hook(hook):

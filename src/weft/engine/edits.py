@@ -69,11 +69,13 @@ def read_edits(data: Any) -> list[Edit]:
 
     Each row is read in the layout it has. Raises InputError with every row that cannot be used; rows count from 0.
     """
-    if isinstance(data, Sequence) and data and all(isinstance(each, Edit) for each in data):
-        return list(data)
     found: list[Edit] = []
     wrong: list[str] = []
-    for number, row in enumerate(read_rows(data)):
+    made = isinstance(data, Sequence) and bool(data) and all(isinstance(each, Edit) for each in data)
+    if made:
+        found = list(data)
+        wrong = [f"row {number}: prompt or target_new is empty" for number, each in enumerate(found) if not each.prompt.strip() or not each.target_new.strip()]
+    for number, row in enumerate([] if made else read_rows(data)):
         fields = _Fields(row)
         edit = _layout(row)(fields)
         if fields.wrong:
@@ -99,9 +101,9 @@ def distinct(edits: Sequence[Edit]) -> list[Edit]:
         else:
             wrong.append(f"rows {before} and {number}: {edit.prompt!r} is to be both {edits[before].target_new!r} and {edit.target_new!r}")
     if wrong:
-        raise rows_refused("contradict one another", wrong, hint="keep one of each; a later run over this one can change its mind")
+        raise rows_refused("contradict earlier ones", wrong, hint="keep one of each; a later run over this one can change its mind")
     if again:
-        warnings.warn(f"{len(again)} edits are given twice and made once: {_some(again, '; ')}", stacklevel=3)
+        warnings.warn(f"{len(again)} of the edits repeat earlier ones and are left out: {_some(again, '; ')}", stacklevel=3)
     return kept
 
 

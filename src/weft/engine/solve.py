@@ -13,7 +13,7 @@ The two forms of A are equal; the first has a d_in x d_in system (primal), the s
 keys: column i of B is the residual of sample i alone, so taking row i of A and column i of B away is the same as solving
 with that residual at zero. That is what undoing one edit of many means.
 
-All in float64, on the device of the keys; on the CPU if that device has no float64.
+All in float64, on the device of the prior's matrix, which is by far the largest, else of the keys; on the CPU if that has no float64.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Prior:
 
     def inverse(self, rows: torch.Tensor) -> torch.Tensor:
         """rows L^-1 (N x d_in)."""
-        return torch.cholesky_solve(rows.T, self.cholesky.to(rows.device)).T / self.scale
+        return torch.cholesky_solve(rows.T, self.cholesky).T / self.scale
 
 
 def ridge(keys: Rows, residuals: Rows, prior: float | Prior, *, form: Form = "auto") -> Factors:
@@ -116,7 +116,7 @@ def ridge(keys: Rows, residuals: Rows, prior: float | Prior, *, form: Form = "au
     if form == "dual" or (form == "auto" and H.shape[0] <= H.shape[1]):
         return Factors(_dual(H, prior, 1.0), V.T)
     if isinstance(prior, Prior):
-        system = prior.scale * prior.matrix.to(H.device)
+        system = prior.scale * prior.matrix
     else:
         system = prior * torch.eye(H.shape[1], dtype=H.dtype, device=H.device)
     factor = _cholesky(H.T @ H + system)
@@ -173,6 +173,7 @@ def _problem(keys: Rows, residuals: Rows, prior: float | Prior) -> tuple[torch.T
     if isinstance(prior, Prior):
         if prior.size != H.shape[1]:
             raise InputError(f"the prior's matrix is {prior.size} x {prior.size}, the keys have {H.shape[1]} entries each")
+        H = H.to(prior.matrix.device)
     else:
         _positive(prior, "the prior")
     return H, V.to(H.device)

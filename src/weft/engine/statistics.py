@@ -106,7 +106,10 @@ class SecondMoment:
         self._take(other.count, other._sum)
 
     def _take(self, count: int, total: torch.Tensor) -> None:
-        self._sum = total.clone() if not self.count else self._sum + total.to(self._sum.device)
+        if self.count:
+            self._sum += total.to(self._sum.device)  # in place: of a wide matrix's inputs it is gigabytes
+        else:
+            self._sum = total.clone()
         self.count += count
 
     @property

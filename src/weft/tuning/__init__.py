@@ -5,8 +5,7 @@ delta = tune(base, "train.jsonl", method="lora", objective="classification", ran
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from .. import __version__, config, methods, xp
 from ..attaching import attach, detach, probe
 from ..base import Base, LiveBase
 from ..delta import Builder, Delta
+from ..engine import borrowing
 from ..engine.data import data_hash, read_rows, tokenizer_hash
 from ..engine.events import Events, PlainProgress, Progress
 from ..engine.loop import Evaluate, Hooks, LoopConfig, Run, Summary, train
@@ -101,7 +101,7 @@ def tune(
     rows = read_rows(data)
     tokenizer = tokenizer if tokenizer is not None else _tokenizer(base)
     heard = _main_process()  # one of several processes is enough
-    with _threads(threads), Events(log if heard else None, (progress or PlainProgress()) if heard else None) as events:
+    with borrowing.threads(threads), Events(log if heard else None, (progress or PlainProgress()) if heard else None) as events:
         goal: Objective = chosen["objective"].run(configs["objective"], base, tokenizer, rows)
         head: dict[str, Any] = {}
         if goal.adds_head and goal.architecture is not None:
@@ -113,7 +113,7 @@ def tune(
         live = bool(getattr(chosen["space"].run, "live", False))
         model = _model(base, goal, [*before, frame], "float32" if live and dtype is None else dtype, device)
         job = Job(base, model, NameMap.of(base, model, [*before, frame]), Generator(xp.key(seed, _DELTA)), head)
-        with _borrowed(model):
+        with borrowing.borrowed(model):
             active = attach(model, before, base=base)
             try:
                 if live:
@@ -236,36 +236,6 @@ def _main_process() -> bool:
     from accelerate import PartialState
 
     return bool(PartialState().is_main_process)
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _borrowed(model: nn.Module) -> Iterator[None]:
-    """No parameter of the model wants a gradient inside, and no keys and values are kept; afterwards all is as it was."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    settings: Any = getattr(model, "config", None)
-    cache = getattr(settings, "use_cache", None)
-    model.requires_grad_(False)
-    if cache:
-        settings.use_cache = False
-    try:
-        yield
-    finally:
-        if cache:
-            settings.use_cache = cache
-        for parameter, wanted in before:
-            parameter.requires_grad_(wanted)
-            parameter.grad = None
 
 
 def _recipe(
