@@ -1,6 +1,6 @@
 """Editing facts of the microcosm: how many take, what else changes, and how long it takes, for 20, 100 and 1,000 edits.
 
-    python bench/editing.py                          both methods, all three tables, into bench/results/editing.md
+    python bench/editing.py                          both methods, 20, 100 and 1,000 edits
     python bench/editing.py --edits 20 --method memit
 
 Efficacy and rephrase are exact matches of greedy free generation (edited questions; other trained wordings of the same facts),
@@ -58,7 +58,9 @@ def run(method: str, count: int) -> list[str]:
         delta = weft.edit(base, rows, method=method, data=data if method == "memit" else None, turn_size=TURN, **how)
     seconds = float(delta.notes["seconds_per_edit"])  # without loading the model and looking at the edits before and after
     if count <= TURN:
-        return [line(method, count, count, figures(base, delta, rows, files), seconds)]
+        lines = [line(method, count, count, figures(base, delta, rows, files), seconds)]
+        print(lines[0], flush=True)
+        return lines
     lines = []
     for done in range(TURN, count + 1, TURN):  # factors belong to edits, so the delta after any turn is the whole one without the later edits
         part = delta if done == count else undo(delta, [number for number in range(len(ledger(delta))) if number >= done])
@@ -76,9 +78,7 @@ def main() -> None:
     for count in given.edits or (20, 100, 1000):
         for method in given.method or sorted(SETTINGS, reverse=True):
             lines += run(method, count)
-            print(lines[-1], flush=True)
-    if not given.edits and not given.method:
-        Path(__file__).with_name("results").joinpath("editing.md").write_text("# Editing facts of the microcosm\n\n" + "\n".join(lines) + "\n")
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

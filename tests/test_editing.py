@@ -568,8 +568,7 @@ def test_a_matrix_stored_as_part_of_another_is_edited_there(tmp_path: Path) -> N
     """nomic keeps query, key and value in one tensor that transformers splits."""
     import transformers
 
-    from weft.editing import _run
-    from weft.editing._method import Job
+    from weft.editing._method import Job, stored
     from weft.engine.solve import Factors
     from weft.names import NameMap
 
@@ -582,7 +581,7 @@ def test_a_matrix_stored_as_part_of_another_is_edited_there(tmp_path: Path) -> N
     (matrix,) = work.matrices(["attention.key@1"])
     assert "Wqkv" in matrix.target and matrix.at is not None and matrix.at.index == ((32, 64),)
     start = matrix.weight.detach().clone()
-    pair = _run._stored(matrix, Factors(torch.randn(3, 32, dtype=torch.float64), torch.randn(32, 3, dtype=torch.float64)))
+    pair = stored(matrix, Factors(torch.randn(3, 32, dtype=torch.float64), torch.randn(32, 3, dtype=torch.float64)))
     work.weights.add(matrix, pair)
     live = matrix.weight.detach().clone()
     work.weights.restore()
@@ -591,3 +590,17 @@ def test_a_matrix_stored_as_part_of_another_is_edited_there(tmp_path: Path) -> N
     build.put(matrix.target, "lowrank", {"A": pair[0], "B": pair[1]}, at=matrix.at)
     weft.attach(model, build.done(recipe={"verb": "test"}), base=base)
     torch.testing.assert_close(matrix.weight.detach(), live, atol=1e-5, rtol=0)
+
+
+def test_ultraedit_finds_the_smallest_step_that_suffices(llama: Path) -> None:
+    from weft.editing.ultraedit import ENOUGH
+
+    options: dict[str, Any] = {"sites": "mlp", "ridge": 0.1}
+    delta = edit(llama, EDITS, **options)
+    lr = delta.notes["lr"]
+    assert delta.recipe["config"]["lr"] is None and isinstance(lr, float)
+    assert delta.notes["after"]["success"] >= ENOUGH > delta.notes["before"]["success"]
+    given = edit(llama, EDITS, lr=lr, **options)
+    assert all(np.array_equal(given.get(key), delta.get(key)) for key in delta.tensors if not key.startswith("@"))
+    assert edit(llama, EDITS, lr=lr / 10**0.25, **options).notes["after"]["success"] < ENOUGH
+    assert edit(llama, EDITS, on=[delta], **options).notes["lr"] == lr  # later turns and runs keep it

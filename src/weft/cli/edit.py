@@ -10,6 +10,9 @@ import click
 from .app import base, declare, device, dtype, option, out_file, pairs, params, seed, threads
 from .output import Output, made, made_text
 
+FEW = 0.5
+"""The share of edits that succeed below which the command says what could be tried."""
+
 
 @declare("edit")
 @base
@@ -45,5 +48,8 @@ def command(out: Output, base: str, edits: Path, method: str, params: tuple[str,
         out.note(f"goes on from {delta.recipe['continues'][:12]}")
     before, after = (notes[when]["success"] for when in ("before", "after"))
     told = f"{notes['edits']} edits, {notes['seconds_per_edit']:.3f} s each; success {before:.0%} before, {after:.0%} after"
+    told += f"; lr {notes['lr']:.3g}" if isinstance(notes.get("lr"), float) else ""
+    if after < FEW:
+        out.note(f"only {after:.0%} of the edits took: other matrices (-p sites=...) or other options may suit this model, see weft methods {method}")
     out.result(made(delta), f"{made_text(delta)}\n{told} (teacher-forced)", delta.id)
     out.next(f"weft check {{}} {'{} ' * (len(how['on']) + 1)}--data {{}}", base, *how["on"], target, edits)

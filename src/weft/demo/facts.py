@@ -17,13 +17,14 @@ from .bits import back_and_forth
 
 Say = Callable[[str], None]
 
-EDITOR: dict[str, Any] = {"method": "ultraedit", "sites": ("mlp.down@2-3",), "lr": 0.03}
+EDITOR: dict[str, Any] = {"method": "ultraedit", "sites": ("mlp.down@2-3",)}
 """What suits this model (see bench/results/editing.md): its facts can be changed in the last two of four layers."""
 
 
 def run(out: Path, say: Say, *, progress: Callable[[dict[str, Any]], None] | None = None, seed: int = 0) -> dict[str, Any]:
     """Tell the second half, with all files in the folder `out`. Returns the figures."""
     import weft
+
     base = weft.Base.open(edition("first"))
     files = microcosm.write(out / "microcosm")
     say(f"base      the microcosm, a Llama of {sum(t.nbytes for t in base.tensors.values()) / 1e6:.1f} MB that knows 3,120 invented facts")

@@ -146,7 +146,14 @@ def edit(
     build.blob(LEDGER, written(edited.records))
     if state := worker.state():
         build.blob(STATE, _packed(state))
-    notes = {"edits": len(facts), "seconds": round(seconds, 3), "seconds_per_edit": round(seconds / len(facts), 4), "before": first, "after": last}
+    notes = {
+        "edits": len(facts),
+        "seconds": round(seconds, 3),
+        "seconds_per_edit": round(seconds / len(facts), 4),
+        "before": first,
+        "after": last,
+        **worker.notes(),
+    }
     delta = build.done(over=tuple(each.id for each in before), recipe=recipe, notes=notes)
     if out is not None:
         delta.save(out)

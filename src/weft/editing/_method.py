@@ -7,6 +7,7 @@ and the prior are.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -83,6 +84,12 @@ class Matrix:
         return value
 
 
+def stored(matrix: Matrix, factors: Factors) -> Pair:
+    """The factors of a module's d_out x d_in map as those of the tensor: dW^T = A^T B^T where it is stored in x out."""
+    a, b = (factors.B.T, factors.A.T) if matrix.transposed else (factors.A, factors.B)
+    return a.float().cpu().contiguous(), b.float().cpu().contiguous()
+
+
 class Weights:
     """The live weights of a run: each is its first bytes plus, in float32, all changes so far, rounded once to its dtype."""
 
@@ -99,6 +106,20 @@ class Weights:
             a, b = (value.to(change) for value in pair)
             change.addmm_(b, a)
             matrix.weight.copy_((first.to(change.dtype) + change).to(first.dtype))
+
+    @contextmanager
+    def tried(self, changes: Sequence[tuple[Matrix, Factors]], scale: float) -> Iterator[None]:
+        """Inside, `scale` times some changes are added to the live weights; afterwards these are what they were."""
+        kept = [(matrix, matrix.weight.detach().clone()) for matrix, _ in changes]
+        with torch.no_grad():
+            try:
+                for matrix, factors in changes:
+                    a, b = (value.to(matrix.weight.device) for value in stored(matrix, factors))
+                    matrix.weight.add_((scale * (b @ a)).to(matrix.weight.dtype))
+                yield
+            finally:
+                for matrix, before in kept:
+                    matrix.weight.copy_(before)
 
     def changed(self) -> bool:
         """Whether any weight is another one, in its dtype, than it was."""
@@ -225,6 +246,10 @@ class EditMethod(Generic[C]):
 
     def state(self) -> dict[str, np.ndarray[Any, Any]]:
         """What a later run needs to go on as if it were one with this."""
+        return {}
+
+    def notes(self) -> dict[str, Any]:
+        """What people may want to know of the run."""
         return {}
 
     def load(self, state: Mapping[str, np.ndarray[Any, Any]]) -> bool:

@@ -12,10 +12,9 @@ from torch import nn
 from ..engine.edits import Edit, rows_refused
 from ..engine.spans import rows, spans
 from ..errors import InputError, UsageError, WeftError
-from ._method import EditMethod, Fact, Job, Matrix, Pair
+from ._method import EditMethod, Fact, Job, Matrix, Pair, stored
 
 if TYPE_CHECKING:
-    from ..engine.solve import Factors
     from ._ledger import Record
 
 
@@ -64,7 +63,7 @@ def run(job: Job, method: EditMethod[Any], known: Sequence[Fact], turn_size: int
             records.append({**about, "turn": number, "rows": [end, end + method.rows(fact)]})
             end += method.rows(fact)
         for matrix, factors in method.turn(turn):
-            pair = _stored(matrix, factors)
+            pair = stored(matrix, factors)
             if not all(bool(value.isfinite().all()) for value in pair):
                 raise WeftError(
                     f"turn {number}: the change of {matrix.target} is not finite", hint="a smaller step (-p lr=...), a larger ridge, or dtype=float32"
@@ -81,12 +80,6 @@ def run(job: Job, method: EditMethod[Any], known: Sequence[Fact], turn_size: int
         )
     joined = {name: (torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], 1)) for name, pairs in parts.items()}
     return Edited([(matrix, joined[matrix.name]) for matrix in method.matrices], records)
-
-
-def _stored(matrix: Matrix, factors: Factors) -> Pair:
-    """The factors of a module's d_out x d_in map as those of the tensor: dW^T = A^T B^T where it is stored in x out."""
-    a, b = (factors.B.T, factors.A.T) if matrix.transposed else (factors.A, factors.B)
-    return a.float().cpu().contiguous(), b.float().cpu().contiguous()
 
 
 def measured(job: Job, known: Sequence[Fact]) -> dict[str, float]:

@@ -11,16 +11,21 @@ taken in before the turn is normalised, and later turns go on from there ("lifel
 The loss is the SUM of cross entropies over a turn's answer tokens, so a row's gradient depends on its own edit alone, not on what shares its
 batch or how large its turn is (a mean over batches, as in the authors' code, makes both matter). The scale of g cancels in g^, up to eps.
 
-||h^||^2 is about d_in, so lr belongs to a width: the authors take 1e-6 for models of 7 billion parameters; the default suits d_in of a few
-hundred. A turn needs some dozens of rows before its statistics mean anything: a single row, normalised, is zero.
+A turn needs some dozens of rows before its statistics mean anything: a single row, normalised, is zero.
+
+||h^||^2 is about d_in, and how large a change of an output is large differs between models, so each model wants its own lr: the authors take
+1e-6 for 7 billion parameters, the microcosm wants 3e-2. Without one it is found on the first turn, which is ours and not in the paper: the
+smallest on a grid of quarter decades with which `ENOUGH` of the turn's edits succeed (teacher-forced), or else that with which most do.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import inf, isfinite
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
+import numpy as np
 import torch
 from torch import nn
 
@@ -31,18 +36,22 @@ from ..engine.statistics import Moments
 from ..errors import InputError, UsageError
 from ..methods import method
 from ._method import EditMethod, Fact, Job, Matrix
+from ._run import measured
 
 if TYPE_CHECKING:
-    import numpy as np
-
     Rows = dict[str, torch.Tensor]
+
+LEAST, MOST, ENOUGH = -28, 0, 0.9
+"""The grid on which lr is found, as powers of 10^(1/4), and the share of edits that are to succeed."""
 
 
 class UltraEditConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """Options of UltraEdit."""
 
     sites: Annotated[tuple[str, ...], msgspec.Meta(description="matrices to edit; none: those into the MLPs of the later half of the layers")] = ()
-    lr: Annotated[float, msgspec.Meta(description="wanted change of an output, for each squared unit of its normalised input", gt=0)] = 5e-3
+    lr: (
+        Annotated[float, msgspec.Meta(description="wanted change of an output, for each squared unit of its input; none: found on the first turn", gt=0)] | None
+    ) = None
     ridge: Annotated[float, msgspec.Meta(description="how much a change costs; the larger, the less is changed", gt=0)] = 1.0
     token: Annotated[Literal["answer", "all"], msgspec.Meta(description="rows: the tokens that predict the answer, or all before its end")] = "answer"
     normaliser: Annotated[Literal["lifelong", "turn"], msgspec.Meta(description="statistics over all turns so far, or of each turn alone")] = "lifelong"
@@ -57,6 +66,7 @@ class UltraEdit(EditMethod[UltraEditConfig]):
         super().__init__(cfg, job)
         self._matrices = job.matrices(cfg.sites or _default(job))
         self._moments: dict[str, Moments] = {}
+        self._lr = cfg.lr
 
     @property
     def matrices(self) -> Sequence[Matrix]:
@@ -83,9 +93,28 @@ class UltraEdit(EditMethod[UltraEditConfig]):
             z = torch.cat([keys[matrix.name], grads[matrix.name]], 1).to(torch.float64).cpu()
             z = (z - seen.mean) / (seen.std + self.cfg.eps)
             h, g = z[:, : matrix.d_in], z[:, matrix.d_in :]
-            values = -self.cfg.lr * h.square().sum(1, keepdim=True) * g
+            values = -h.square().sum(1, keepdim=True) * g
             factors.append((matrix, ridge(keys[matrix.name], values.to(keys[matrix.name].device), self.cfg.ridge)))
-        yield from factors
+        lr = self._lr = self._found(facts, factors) if self._lr is None else self._lr
+        yield from ((matrix, Factors(unit.A, lr * unit.B)) for matrix, unit in factors)
+
+    def _found(self, facts: Sequence[Fact], units: Sequence[tuple[Matrix, Factors]]) -> float:
+        """The lr for changes that are `units` at lr = 1: the decade first, then its quarters."""
+
+        def tried(quarters: int) -> tuple[float, float]:
+            with self.job.weights.tried(units, 10 ** (quarters / 4)):
+                found = measured(self.job, facts)
+            return min(found["success"], ENOUGH), -found["loss"] if isfinite(found["loss"]) else -inf
+
+        best, reached = LEAST, (-1.0, -inf)
+        for quarters in range(LEAST, MOST + 1, 4):
+            result = tried(quarters)
+            if result > reached:
+                best, reached = quarters, result
+            if reached[0] >= ENOUGH:
+                break
+        finer = {quarters: tried(quarters) for quarters in range(best - 3, best + 4) if quarters != best and quarters >= LEAST} | {best: reached}
+        return 10 ** (min(finer, key=lambda quarters: (-finer[quarters][0], quarters)) / 4)
 
     def _captured(self, facts: Sequence[Fact]) -> tuple[Rows, Rows]:
         """Inputs and output gradients of each matrix, float32, rows in the order of the facts."""
@@ -113,13 +142,21 @@ class UltraEdit(EditMethod[UltraEditConfig]):
     def state(self) -> dict[str, np.ndarray[Any, Any]]:
         if self.cfg.normaliser == "turn":
             return {}
-        return {f"{shape}/{part}": value for shape, moments in self._moments.items() for part, value in moments.state().items()}
+        kept = {f"{shape}/{part}": value for shape, moments in self._moments.items() for part, value in moments.state().items()}
+        return kept if self._lr is None else kept | {"lr": np.float64(self._lr).reshape(1)}
+
+    def notes(self) -> dict[str, Any]:
+        return {"lr": self._lr}
 
     def load(self, state: Mapping[str, np.ndarray[Any, Any]]) -> bool:
         if self.cfg.normaliser == "turn":
             return False
         kept: dict[str, dict[str, Any]] = {}
+        if self._lr is None and "lr" in state:
+            self._lr = float(state["lr"][0])
         for name, value in state.items():
+            if name == "lr":
+                continue
             shape, _, part = name.partition("/")
             kept.setdefault(shape, {})[part] = value
         self._moments = {shape: Moments.from_state(parts) for shape, parts in kept.items()}
