@@ -30,7 +30,7 @@ def run(out: Path, say: Say, *, progress: Callable[[dict[str, Any]], None] | Non
     say(f"base      the microcosm, a Llama of {sum(t.nbytes for t in base.tensors.values()) / 1e6:.1f} MB that knows 3,120 invented facts")
 
     start = time.perf_counter()
-    skill = weft.tune(base, files["judge.train"], method="lora", lr=5e-3, epochs=1, seed=seed, out=out / "skill.safetensors", progress=progress)
+    skill = weft.tune(base, files["judge.train"], method="lora", lr=3e-3, epochs=1, seed=seed, out=out / "skill.safetensors", progress=progress)
     say(f"tune      skill.safetensors  judging reviews, {skill.nbytes / 1e6:.2f} MB, {time.perf_counter() - start:.0f} s")
 
     start = time.perf_counter()
@@ -63,13 +63,8 @@ def _answer(base: Any, deltas: list[Any], question: str) -> str:
 
 
 def _told(task: dict[str, Any]) -> str:
-    """One line about a task of a report: its first metric before and after, or how often the answers agree."""
-    name, agreement = task["name"], (task["against_base"] or {}).get("agreement")
+    """One line about a task of a report: its perplexity, or its first metric, before and after."""
     if task["ratio"] is not None:
-        return f"{name}: perplexity times {task['ratio']['pooled']:.3f}"
-    if not task["metrics"]:
-        return f"{name}: {agreement:.1%} of the answers are those of the base"
+        return f"{task['name']}: perplexity times {task['ratio']['pooled']:.3f}"
     metric, sides = next(iter(task["metrics"].items()))
-    return f"{name}: {metric.replace('_', ' ')} {sides['base']:.1%} before, {sides['delta']:.1%} now" + (
-        "" if agreement is None else f"; {agreement:.1%} of the answers as before"
-    )
+    return f"{task['name']}: {metric.replace('_', ' ')} {sides['base']:.1%} before, {sides['delta']:.1%} now"
