@@ -47,7 +47,7 @@ def main() -> None:
         cells = [name]
         for base, asked in sides:
             rows = [{"prompt": row["prompt"], "completion": row["completion"]} for row in asked[name]]
-            cells += [f"{len(rows):,}", f"{weft.evaluate(base, [], rows, batch_size=256)['metrics']['exact_match']:.1%}"]
+            cells += [f"{len(rows):,}", f"{weft.evaluate(base, [], rows, batch_size=256)['metrics']['teacher_forced_exact']:.1%}"]
         print(f"| {' | '.join(cells)} |", flush=True)
 
 

@@ -151,7 +151,7 @@ def test_teacher_forced_figures_are_named_so_and_those_of_the_table(base: Path, 
         "nll": "lower",
     }
     measured = evaluate(base, delta, data)["metrics"]
-    assert (measured["nll"], measured["token_accuracy"], measured["exact_match"]) == (metrics["nll"]["delta"], 2 / 6, 0)
+    assert (measured["nll"], measured["teacher_forced_token_accuracy"], measured["teacher_forced_exact"]) == (metrics["nll"]["delta"], 2 / 6, 0)
 
 
 def gpt2(folder: Path) -> Path:

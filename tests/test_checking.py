@@ -137,7 +137,7 @@ def test_perplexity_is_the_chain_rule(made: Made, batch_size: int) -> None:
     assert found["tokens"] == tokens and found["kind"] == "text" and found["n"] == 40
     assert found["metrics"]["nll"] == pytest.approx(sum(nll) / tokens, rel=1e-5)
     assert found["metrics"]["perplexity"] == pytest.approx(math.exp(sum(nll) / tokens), rel=1e-4)
-    assert found["metrics"]["token_accuracy"] == sum(map(sum, right)) / tokens
+    assert found["metrics"]["teacher_forced_token_accuracy"] == sum(map(sum, right)) / tokens
     assert evaluate(made.llama, [], [{"text": text} for text in texts])["metrics"]["nll"] != pytest.approx(found["metrics"]["nll"], abs=0.01)
 
 
@@ -152,8 +152,8 @@ def test_of_a_completion_only_the_completion_counts(made: Made) -> None:
     found = evaluate(made.llama, made.style, [{"prompt": p, "completion": c} for p, c in zip(prompts, ends, strict=True)], batch_size=8)
     assert (found["kind"], found["tokens"], found["truncated"]) == ("completion", tokens, 0)
     assert found["metrics"]["nll"] == pytest.approx(sum(nll) / tokens, rel=1e-5)
-    assert found["metrics"]["exact_match"] == np.mean([all(row) for row in right]) > 0
-    assert found["metrics"]["token_accuracy"] == sum(map(sum, right)) / tokens
+    assert found["metrics"]["teacher_forced_exact"] == np.mean([all(row) for row in right]) > 0
+    assert found["metrics"]["teacher_forced_token_accuracy"] == sum(map(sum, right)) / tokens
 
 
 def test_what_is_too_long_is_cut_and_counted(made: Made) -> None:
@@ -203,7 +203,7 @@ def test_an_infinite_perplexity_is_no_number() -> None:
     logits[0, :2, 0] = 1e6
     metric.add(logits, torch.tensor([[-100, 1, 2]]))
     found = metric.result()
-    assert found["nll"] == 1e6 and found["perplexity"] == math.inf and found["token_accuracy"] == found["exact_match"] == 0
+    assert found["nll"] == 1e6 and found["perplexity"] == math.inf and found["teacher_forced_token_accuracy"] == found["teacher_forced_exact"] == 0
     assert shown(found)["perplexity"] is None and shown(found)["nll"] == 1e6
 
 

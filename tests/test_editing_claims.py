@@ -35,7 +35,7 @@ def base() -> weft.Base:
 def recall(base: weft.Base, delta: weft.Delta, rows: list[dict[str, Any]], answer: str) -> float:
     """The share of edited questions that get the answer in the field `answer`."""
     asked = [{"prompt": row["prompt"], "completion": f" {row[answer]}."} for row in rows]
-    return float(weft.evaluate(base, [delta], asked, batch_size=128)["metrics"]["exact_match"])
+    return float(weft.evaluate(base, [delta], asked, batch_size=128)["metrics"]["teacher_forced_exact"])
 
 
 @pytest.mark.parametrize(("count", "bars"), [(20, (0.90, 0.85, 0.95, 1.05)), (100, (0.80, 0.75, 0.88, 1.08))])

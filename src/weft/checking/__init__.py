@@ -60,7 +60,7 @@ def evaluate(
 
     deltas:     deltas or their files, in order; one may stand alone
     data:       a path or rows, see `weft.engine.data.read_rows`. {"text", "label"}: accuracy and nll of a classifier;
-                {"text"}: nll a token, perplexity, token_accuracy and exact_match of a causal language model;
+                {"text"}: nll a token, perplexity, teacher_forced_token_accuracy and teacher_forced_exact of a causal language model;
                 {"prompt", "completion"}: the same of the completion, given the prompt (teacher-forced)
     max_length: in tokens; longer rows are cut, `truncated` counts them
     device:     default: an accelerator if there is one

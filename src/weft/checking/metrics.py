@@ -41,10 +41,10 @@ class Accuracy:
 
 
 class Likelihood:
-    """Language modelling: nll (mean over target tokens, in nats), its exponential perplexity, token_accuracy, and exact_match.
+    """Language modelling: nll (mean over target tokens, in nats), its exponential perplexity, and two scores with teacher forcing.
 
-    token_accuracy is the share of target tokens that are the model's first choice when everything before is given
-    (teacher-forced); exact_match the share of rows in which all of them are.
+    teacher_forced_token_accuracy is the share of target tokens that are the model's first choice when everything before is given;
+    teacher_forced_exact the share of rows in which all of them are: those that greedy generation would write whole.
     """
 
     def __init__(self) -> None:
@@ -77,8 +77,8 @@ class Likelihood:
         return {
             "nll": nll,
             "perplexity": exp(nll) if nll < 700 else float("inf"),
-            "token_accuracy": sum(self._right) / self.tokens,
-            "exact_match": whole / len(self._tokens),
+            "teacher_forced_token_accuracy": sum(self._right) / self.tokens,
+            "teacher_forced_exact": whole / len(self._tokens),
         }
 
 
