@@ -160,7 +160,7 @@ def test_the_figures_are_in_the_right_places() -> None:
     assert ["edits/rephrase generation", "100", "exact_match", "0.0200", "0.8300", "+0.8100", "better", "", "1", "82", "1.70e−23"] in cells
     assert ["nll", "0.4021", "0.4077", "+0.0056", "worse", "", "", "", ""] in cells
     assert ["perplexity", "11.555", "11.801", "+0.2462", "worse", "", "", "", ""] in cells
-    assert ["edits/efficacy", "100", "0", "92", "4", "2", "2", "0.0000 below 0.0300", "0.9200", "+0.8600 to +0.9700"] in cells
+    assert ["edits/efficacy", "100", "0", "92", "4", "2", "2", "0.0000 below 1.0000", "0.9200", "+0.8600 to +0.9700"] in cells
     assert ["skills", "400", "7", "8", "4", "40", "341", "0.0175", "0.0200", "−0.0175 to +0.0225"] in cells
     assert ["unrelated", "240", "0.9625", "0.0109", "1.2040", "240", "", "", ""] in cells
     assert ["text", "512", "", "", "", "", "1.0213", "1.0231", "1.0094"] in cells
