@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from weft.engine.select import kth_largest_magnitude
+from weft.engine.select import kth_largest_magnitude, kth_largest_of_streams
 from weft.errors import InputError, UsageError
 
 FLOATS = st.floats(width=32, allow_nan=False)
@@ -84,3 +84,36 @@ def test_a_stream_that_changes_is_noticed():
     streams = iter([[np.ones(4, np.float32)], [np.zeros(4, np.float32)]])
     with pytest.raises(InputError, match="changed between two passes"):
         kth_largest_magnitude(lambda: next(streams), 2)
+
+
+# --- several streams side by side, signs included
+
+
+@given(st.lists(hnp.arrays(np.float32, st.integers(1, 100), elements=FLOATS | AWKWARD), min_size=1, max_size=3), st.data())
+def test_streams_are_what_sorting_gives(xs, data):
+    ranks = [data.draw(st.lists(st.integers(1, x.size), max_size=3)) for x in xs]
+    pairs = [(number, part) for number, x in enumerate(xs) for part in np.split(x, [x.size // 3])]
+    pairs = data.draw(st.permutations(pairs))
+    got = kth_largest_of_streams(lambda: iter(pairs), ranks)
+    assert got == [[float(np.sort(x)[x.size - k]) for k in wanted] for x, wanted in zip(xs, ranks, strict=True)]
+
+
+def test_long_streams_side_by_side():
+    rng = np.random.default_rng(4)
+    xs = [(rng.standard_normal(150_000) * 10.0 ** rng.integers(-42, 30, 150_000)).astype(np.float32) for _ in range(2)]
+    xs[1][::3] = xs[1][7]
+    pairs = [(number, part) for lo in range(0, 150_000, 40_001) for number, x in enumerate(xs) for part in (x[lo : lo + 40_001], x[:0])]
+    ranks = [[1, 150_000, 70_000, 70_001], [60_000]]
+    assert kth_largest_of_streams(lambda: iter(pairs), ranks) == [[float(np.sort(x)[-k]) for k in wanted] for x, wanted in zip(xs, ranks, strict=True)]
+
+
+def test_streams_refuse_what_has_no_order():
+    x = np.array([1, -2, 3], np.float32)
+    for k in (0, 4):
+        with pytest.raises(UsageError, match="of 3 entries"):
+            kth_largest_of_streams(lambda: [(0, x)], [[k]])
+    with pytest.raises(InputError, match="NaN"):
+        kth_largest_of_streams(lambda: [(0, np.array([0, -np.nan], np.float32))], [[1]])
+    passes = iter([x, x + 1])
+    with pytest.raises(InputError, match="changed between two passes"):
+        kth_largest_of_streams(lambda: [(0, next(passes))], [[1]])

@@ -1,12 +1,13 @@
 """Order statistics of streams too long to hold: exact, in two passes, with 512 KB of counters.
 
 The bits of a non-negative float32, read as an integer, are in the order of its value. So the first pass counts the
-upper 16 bits of every magnitude, the second the lower 16 bits of those in the bucket that holds the wanted one.
+upper 16 bits of every magnitude, the second the lower 16 bits of those in the bucket that holds the wanted one. Values
+with signs get that order when plus has its sign bit set and minus has every bit flipped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import InputError, UsageError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _MAGNITUDE = 0x7FFFFFFF
 _INFINITY = 0x7F800000
+_SIGN = 0x80000000
 _BUCKETS = 1 << 16
 
 
@@ -52,6 +54,59 @@ def kth_largest_magnitude(make_blocks: Callable[[], Iterable[Array]], k: int) ->
     return Kth(np.array([(bucket << 16) | low], np.uint32).view(np.float32)[0], above + between, int(fine[low]))
 
 
+def kth_largest_of_streams(make_blocks: Callable[[], Iterable[tuple[int, Array]]], ranks: Sequence[Sequence[int]]) -> list[list[float]]:
+    """The k-th largest values, signs included, of several streams read side by side.
+
+    `make_blocks()` gives pairs (number of a stream, array of any shape) in any order; other dtypes are rounded to float32
+    first. It is called twice and must give the same values both times. `ranks[i]` lists each k (from 1) wanted of stream i;
+    the answer has the same form. Exact, as `kth_largest_magnitude` is, with 512 KB of counters for each rank; +0 and -0 are
+    the same.
+
+    Raises UsageError if a k is not between 1 and the number of entries, InputError for a NaN or for streams that change.
+    """
+    import numpy as np
+
+    coarse = np.zeros((len(ranks), _BUCKETS), np.int64)
+    for number, keys in _keys(make_blocks()):
+        coarse[number] += np.bincount(keys >> np.uint32(16), minlength=_BUCKETS)
+    for number, wanted in enumerate(ranks):
+        total = int(coarse[number].sum())
+        for k in wanted:
+            if not 1 <= k <= total:
+                raise UsageError(f"there is no {k}-th largest of {total:,} entries")
+    found = [[_find(coarse[number], k) for k in wanted] for number, wanted in enumerate(ranks)]
+    fine = {(number, bucket): np.zeros(_BUCKETS, np.int64) for number, places in enumerate(found) for bucket, _ in places}
+    for number, keys in _keys(make_blocks()):
+        high = keys >> np.uint32(16)
+        for bucket in {bucket for bucket, _ in found[number]}:
+            fine[number, bucket] += np.bincount(keys[high == bucket] & np.uint32(0xFFFF), minlength=_BUCKETS)
+    for (number, bucket), counts in fine.items():
+        if int(counts.sum()) != int(coarse[number, bucket]):
+            raise InputError(
+                f"the entries changed between two passes over them (expected {int(coarse[number, bucket]):,} in one bucket, got {int(counts.sum()):,})"
+            )
+
+    def value(number: int, k: int, bucket: int, above: int) -> float:
+        key = (bucket << 16) | _find(fine[number, bucket], k - above)[0]
+        bits = key ^ _SIGN if key & _SIGN else key ^ 0xFFFFFFFF
+        return float(np.array([bits], np.uint32).view(np.float32)[0])
+
+    return [
+        [value(number, k, *place) for k, place in zip(wanted, places, strict=True)] for number, (wanted, places) in enumerate(zip(ranks, found, strict=True))
+    ]
+
+
+def _keys(pairs: Iterable[tuple[int, Array]]) -> Iterator[tuple[int, Array]]:
+    """The entries of each stream as integers in the order of their values: sign bit flipped for plus, every bit for minus."""
+    import numpy as np
+
+    for number, block in _gathered_each(pairs):
+        if np.isnan(block).any():
+            raise InputError("a NaN among the entries: it has no place in the order of values")
+        bits = (block + np.float32(0)).view(np.uint32)  # -0 + 0 is +0
+        yield number, bits ^ np.where(bits >> np.uint32(31), np.uint32(0xFFFFFFFF), np.uint32(_SIGN))
+
+
 def _find(counts: Array, k: int) -> tuple[int, int]:
     """The bucket that holds the k-th largest, and how many entries are in the buckets above it."""
     import numpy as np
@@ -83,15 +138,22 @@ def _halves(blocks: Iterable[Array]) -> Iterator[tuple[Array, Array]]:
 
 def _gathered(blocks: Iterable[Array]) -> Iterator[Array]:
     """The same entries as flat float32 arrays that are not tiny, so that thousands of small tensors cost no 65,536 counters each."""
+    yield from (block for _, block in _gathered_each((0, block) for block in blocks))
+
+
+def _gathered_each(pairs: Iterable[tuple[int, Array]]) -> Iterator[tuple[int, Array]]:
+    """`_gathered` for each of several streams."""
     import numpy as np
 
-    held: list[Array] = []
-    size = 0
-    for block in blocks:
-        held.append(np.ascontiguousarray(block, np.float32).reshape(-1))
-        size += held[-1].size
-        if size >= _BUCKETS:
-            yield held[0] if len(held) == 1 else np.concatenate(held)
-            held, size = [], 0
-    if size:
-        yield np.concatenate(held)
+    held: dict[int, list[Array]] = {}
+    sizes: dict[int, int] = {}
+    for number, block in pairs:
+        held.setdefault(number, []).append(np.ascontiguousarray(block, np.float32).reshape(-1))
+        sizes[number] = sizes.get(number, 0) + held[number][-1].size
+        if sizes[number] >= _BUCKETS:
+            mine = held.pop(number)
+            del sizes[number]
+            yield number, mine[0] if len(mine) == 1 else np.concatenate(mine)
+    for number, size in sizes.items():
+        if size:
+            yield number, np.concatenate(held[number])

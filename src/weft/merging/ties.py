@@ -77,31 +77,39 @@ class Ties(MergeMethod[TiesConfig]):
 
     def prepare(self, models: Increments, weights: Sequence[float], cfg: TiesConfig) -> TiesState:
         thresholds = _thresholds(models, cfg)
-        balance = 0
-        if len(weights) > 1:  # one model cannot cancel itself
-
-            def count(block: Block, taus: list[Array]) -> int:
-                import numpy as np
-
-                mass = _mass(_trimmed(taus, thresholds[block.target.name]), weights, cfg)
-                return int(np.count_nonzero(mass > 0)) - int(np.count_nonzero(mass < 0))
-
-            balance = sum(models.map(count))
-        return TiesState(thresholds, balance > 0)
+        return TiesState(thresholds, majority_is_plus(models, weights, cfg, lambda block, taus: _trimmed(taus, thresholds[block.target.name])))
 
     def merge(self, taus: list[Array], weights: Sequence[float], cfg: TiesConfig, state: TiesState, block: Block) -> Array:
+        return elected_mean(_trimmed(taus, state.thresholds[block.target.name]), weights, cfg, state.zero_is_plus)
+
+
+def majority_is_plus(models: Increments, weights: Sequence[float], cfg: TiesConfig, sparse: Callable[[Block, list[Array]], list[Array]]) -> bool:
+    """Whether m > 0 at more entries of the whole model than m < 0 (step 2). `sparse(block, taus)`: the t_i of a block, in float64."""
+    if len(weights) == 1:  # one model cannot cancel itself
+        return False
+
+    def count(block: Block, taus: list[Array]) -> int:
         import numpy as np
 
-        trimmed = _trimmed(taus, state.thresholds[block.target.name])
-        mass = _mass(trimmed, weights, cfg)
-        plus = mass >= 0 if state.zero_is_plus else mass > 0
-        total, divisor = np.zeros(block.shape), np.zeros(block.shape)
-        for tau, w in zip(trimmed, weights, strict=True):
-            vote = _vote(tau, w, cfg)
-            agrees = ((vote > 0) == plus) & (vote != 0)
-            total += (cfg.scale * w) * tau * agrees
-            divisor += w * agrees if cfg.normalize else agrees
-        return np.asarray(total / (divisor + (divisor == 0)))
+        mass = _mass(sparse(block, taus), weights, cfg)
+        return int(np.count_nonzero(mass > 0)) - int(np.count_nonzero(mass < 0))
+
+    return sum(models.map(count)) > 0
+
+
+def elected_mean(sparse: Sequence[Array], weights: Sequence[float], cfg: TiesConfig, zero_is_plus: bool) -> Array:
+    """Steps 2 and 3 on one block of t_1..t_n in float64."""
+    import numpy as np
+
+    mass = _mass(sparse, weights, cfg)
+    plus = mass >= 0 if zero_is_plus else mass > 0
+    total, divisor = np.zeros(mass.shape), np.zeros(mass.shape)
+    for tau, w in zip(sparse, weights, strict=True):
+        vote = _vote(tau, w, cfg)
+        agrees = ((vote > 0) == plus) & (vote != 0)
+        total += (cfg.scale * w) * tau * agrees
+        divisor += w * agrees if cfg.normalize else agrees
+    return np.asarray(total / (divisor + (divisor == 0)))
 
 
 def _thresholds(models: Increments, cfg: TiesConfig) -> dict[str, list[float]]:
