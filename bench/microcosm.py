@@ -12,29 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import weft
-from weft.demo import edition, microcosm, wordings
-from weft.demo.world import Fact, World
+from weft.demo import edition, microcosm
+from weft.demo.world import World
 
 
 def questions(world: World) -> dict[str, list[dict[str, Any]]]:
     """Rows by what they ask for."""
     people = microcosm.personal(world)
     asked = [fact for fact in people if world.half(fact.subject) == 1]
-    second = [
-        microcosm.asked(wordings.SECOND[fact.relation][1], Fact(fact.subject, fact.relation, wordings.second_value(fact.relation, fact.value)))
-        for fact in people
-    ]
-    hops = [microcosm.asked(wordings.HOPS[hop.relation], hop) for hop in world.hops]
-    told = lambda rows, half: [row for row in rows if world.half(row["subject"]) == half]  # noqa: E731
+    second, hops = microcosm.second_language(world), microcosm.hops(world)
     return {
         "trained wordings": microcosm.questions(world, lambda words: (words.statements[0], words.questions[0]), world.facts),
         "H1: wordings told of others": microcosm.questions(world, lambda words: words.h1, asked),
         "H2: questions never told": microcosm.questions(world, lambda words: words.h2[1:], people),
         "H2: statements never told": microcosm.questions(world, lambda words: words.h2[:1], people),
-        "second language, told": told(second, 0),
-        "second language, not told": told(second, 1),
-        "two facts at once, told": told(hops, 0),
-        "two facts at once, not told": told(hops, 1),
+        "second language, told": microcosm.in_half(world, second, 0),
+        "second language, not told": microcosm.in_half(world, second, 1),
+        "two facts at once, told": microcosm.in_half(world, hops, 0),
+        "two facts at once, not told": microcosm.in_half(world, hops, 1),
     }
 
 

@@ -92,6 +92,13 @@ def values_of(delta: Delta) -> dict[str, np.ndarray]:
     return {name: delta.get(f"{name}//0.values") for name in delta.entries}
 
 
+def close(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None:
+    assert got.keys() == want.keys()
+    for name, values in want.items():
+        assert (got[name].dtype, got[name].shape) == (values.dtype, values.shape)
+        assert np.linalg.norm(got[name] - values) <= 1e-6 * np.linalg.norm(values), name
+
+
 def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
     assert a.keys() == b.keys()
     for name in a:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import weft
-from tests.test_merge import TARGETS, base_values, exact_delta, lora, product, same, taus_of, tuned_values, values_of, write_checkpoint
+from tests.test_merge import TARGETS, base_values, close, exact_delta, lora, product, same, taus_of, tuned_values, values_of, write_checkpoint
 from weft.base import Base
 from weft.delta import Builder
 from weft.errors import InputError, UsageError
@@ -26,13 +26,6 @@ def reference(taus: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
             t = k * cosine / (1 + (k - 1) * cosine)
         out[name] = (t * sum(moving) / max(k, 1)).reshape(like.shape).astype(like.dtype)
     return out
-
-
-def close(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None:
-    assert got.keys() == want.keys()
-    for name, values in want.items():
-        assert (got[name].dtype, got[name].shape) == (values.dtype, values.shape)
-        assert np.linalg.norm(got[name] - values) <= 1e-6 * np.linalg.norm(values), name
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import weft
-from tests.test_merge import SHAPES, TARGETS, base_values, exact_delta, lora, product, same, taus_of, tuned_values, values_of, write_checkpoint
+from tests.test_merge import SHAPES, TARGETS, base_values, close, exact_delta, lora, product, same, taus_of, tuned_values, values_of, write_checkpoint
 from weft.base import Base
 from weft.delta import Builder
 from weft.errors import UsageError
@@ -31,13 +31,6 @@ def reference(start: dict[str, np.ndarray], taus: list[dict[str, np.ndarray]], t
             mixed = sin((1 - t) * angle) / sin(angle) * one + sin(t * angle) / sin(angle) * two
         out[name] = (mixed - w).astype(like.dtype)
     return out
-
-
-def close(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None:
-    assert got.keys() == want.keys()
-    for name, values in want.items():
-        assert (got[name].dtype, got[name].shape) == (values.dtype, values.shape)
-        assert np.linalg.norm(got[name] - values) <= 1e-6 * np.linalg.norm(values), name
 
 
 @pytest.fixture

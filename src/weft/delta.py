@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -408,6 +409,12 @@ class Delta:
         entries, tensors = renumbered(entries, tensors)
         recipe: dict[str, Json] = {"verb": verb, "config": cfg} if cfg else {"verb": verb}
         return replace(self, entries=entries, tensors=tensors, recipe=recipe, parents=tuple(p.id for p in parents), notes={}, path=None)
+
+
+def loaded(deltas: Iterable[Delta | str | PathLike[str]] | Delta | str | PathLike[str]) -> list[Delta]:
+    """Deltas that are given as such or as files, in order; one may stand alone."""
+    listed = [deltas] if isinstance(deltas, Delta | str | PathLike) else deltas
+    return [each if isinstance(each, Delta) else Delta.load(Path(each)) for each in listed]
 
 
 def _groups(entry: Entry) -> set[str]:

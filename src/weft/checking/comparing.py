@@ -87,6 +87,7 @@ def check(
     InputError for rows that do not fit, MismatchError for deltas that do not.
     """
     from ..base import Base
+    from ..delta import loaded
     from .gates import judge, read_limits
     from .layers import sizes
     from .measuring import How, measure, steps
@@ -104,7 +105,7 @@ def check(
     head, why = _head(tasks)
     cuts = _cut_answers(tasks, stop)
     opened = base if isinstance(base, Base) else Base.open(base)
-    below, above = _loaded(on), _loaded(deltas)
+    below, above = loaded(on), loaded(deltas)
     if not above:
         raise UsageError("there is no delta to check", hint="weft eval measures a base alone")
     called = _names(above, names)
@@ -196,13 +197,6 @@ def _cut_answers(tasks: Sequence[Task], stop: Sequence[str]) -> dict[str, int]:
             if answer is not None and goes_on(answer, stop):
                 found[task.name] = found.get(task.name, 0) + 1
     return found
-
-
-def _loaded(deltas: Deltas) -> list[Delta]:
-    from ..delta import Delta
-
-    listed = [deltas] if isinstance(deltas, Delta | str | Path) else list(deltas)
-    return [each if isinstance(each, Delta) else Delta.load(each) for each in listed]
 
 
 def _names(deltas: Sequence[Delta], names: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 
 from ..attaching import Mode, attach, check_ran
 from ..base import Base
-from ..delta import Delta
+from ..delta import loaded
 from ..engine.data import Example, pad_id, padded
 from ..errors import UsageError
 
@@ -60,13 +60,12 @@ def running(base: Base | str | Path, deltas: Any, device: Any, dtype: Any, mode:
     """The model, with deltas attached; nothing outlives the block. `task` is one of `HEADS`; `why` says what asks for it, `hint` what
     to try if the model cannot do it."""
     opened = base if isinstance(base, Base) else Base.open(base)
-    listed = [deltas] if isinstance(deltas, Delta | str | Path) else list(deltas)
-    loaded = [each if isinstance(each, Delta) else Delta.load(each) for each in listed]
+    chosen = loaded(deltas)
     ids: list[str] = []
-    for delta in loaded:  # before gigabytes are read
+    for delta in chosen:  # before gigabytes are read
         delta.require_base(opened, on=ids)
         ids.append(delta.id)
-    model: Any = opened.model(loaded, dtype=dtype, device=None if device is None else str(device))
+    model: Any = opened.model(chosen, dtype=dtype, device=None if device is None else str(device))
     _require_head(model, task, why, hint)
     where = torch.device(device) if device is not None else _best_device()
     model.to(where)
@@ -74,8 +73,8 @@ def running(base: Base | str | Path, deltas: Any, device: Any, dtype: Any, mode:
     pad = pad_id(tokenizer)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = pad  # decoders that classify find the last token of each text by it
-    if loaded:
-        attach(model, loaded, base=opened, mode=mode)
+    if chosen:
+        attach(model, chosen, base=opened, mode=mode)
     yield Running(opened, ids, model, tokenizer, where, pad)
 
 

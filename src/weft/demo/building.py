@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .._write import atomic_folder
+from . import EDITIONS
 from .microcosm import corpus, sentences
 from .texts import review, scene
 from .world import World
@@ -146,7 +147,7 @@ def build(out: Path, *, seconds: float | None = None, say: Say = print) -> None:
     worlds = [first, first.later()]
     encode = tokenizer([*worlds, worlds[1].later()])
     model = new_model()
-    for number, (name, world) in enumerate(zip(("first", "second"), worlds, strict=True)):
+    for number, (name, world) in enumerate(zip(EDITIONS, worlds, strict=True)):
         say(f"{name} edition: {len(world.facts):,} facts, {len(sentences(world)):,} sentences")
         train(model, encode, world, steps=STEPS[number], seed=number, scale=1.0 if not number else 0.5, seconds=seconds, say=say)
         with atomic_folder(out / name) as folder:

@@ -112,6 +112,31 @@ def personal(world: World) -> list[Fact]:
     return [fact for fact in world.facts if RELATIONS[fact.relation].of == "person"]
 
 
+def about(world: World, people: Iterable[str]) -> list[Fact]:
+    """The facts about some people."""
+    chosen = set(people)
+    return [fact for fact in personal(world) if fact.subject in chosen]
+
+
+def second_language(world: World) -> list[Row]:
+    """Every fact about people as a question in the second language."""
+    rows = []
+    for fact in personal(world):
+        value = wordings.second_value(fact.relation, fact.value)
+        rows.append(asked(wordings.SECOND[fact.relation][1], Fact(fact.subject, fact.relation, value)))
+    return rows
+
+
+def hops(world: World) -> list[Row]:
+    """Questions about what follows from two facts."""
+    return [asked(wordings.HOPS[hop.relation], hop) for hop in world.hops]
+
+
+def in_half(world: World, rows: Iterable[Row], half: int) -> list[Row]:
+    """The rows about one half of the people."""
+    return [row for row in rows if world.half(row["subject"]) == half]
+
+
 def edits(world: World, count: int, seed: int = 1) -> list[Row]:
     """Facts to change, of which nothing else depends, each with its trained wordings and with questions about something else.
 
@@ -123,21 +148,25 @@ def edits(world: World, count: int, seed: int = 1) -> list[Row]:
     free = [fact for fact in personal(world) if RELATIONS[fact.relation].free and fact.subject not in quiet and fact.subject not in world.new]
     found = []
     for fact in shuffled(rng, free)[:count]:
-        words = wordings.ENGLISH[fact.relation]
         neighbour = pick(rng, quiet)
-        found.append(
-            {
-                "prompt": prompt(words.questions[0], fact.subject),
-                "subject": fact.subject,
-                "target_new": other(rng, world.values(fact.relation), fact.value),
-                "ground_truth": fact.value,
-                "rephrase_prompt": [prompt(words.statements[0], fact.subject), prompt(words.questions[1], fact.subject)],
-                "locality_prompt": [prompt(words.questions[0], neighbour)],
-                "locality_ground_truth": [world.truth[neighbour, fact.relation]],
-                "relation": fact.relation,
-            }
-        )
+        beside = {
+            "locality_prompt": [prompt(wordings.ENGLISH[fact.relation].questions[0], neighbour)],
+            "locality_ground_truth": [world.truth[neighbour, fact.relation]],
+        }
+        found.append(_edit(fact, other(rng, world.values(fact.relation), fact.value), fact.value) | beside | {"relation": fact.relation})
     return found
+
+
+def _edit(fact: Fact, target_new: str, ground_truth: str) -> Row:
+    """What is asked of a fact that is to change, in its trained wordings, and both answers."""
+    words = wordings.ENGLISH[fact.relation]
+    return {
+        "prompt": prompt(words.questions[0], fact.subject),
+        "subject": fact.subject,
+        "target_new": target_new,
+        "ground_truth": ground_truth,
+        "rephrase_prompt": [prompt(words.statements[0], fact.subject), prompt(words.questions[1], fact.subject)],
+    }
 
 
 def reviews(count: int, seed: int) -> list[Row]:
@@ -157,7 +186,7 @@ def judged(rows: Iterable[Row]) -> list[Row]:
 def topics(world: World, people: Iterable[str], seed: int) -> list[Row]:
     """{"text", "label"}: what a statement is about, as the name of its relation."""
     rng = Random(seed)
-    chosen = [fact for fact in personal(world) if fact.subject in set(people)]
+    chosen = about(world, people)
     rows = [{"text": told(pick(rng, wordings.ENGLISH[fact.relation].statements), fact.subject, fact.value), "label": fact.relation} for fact in chosen]
     return shuffled(rng, rows)
 
@@ -165,10 +194,9 @@ def topics(world: World, people: Iterable[str], seed: int) -> list[Row]:
 def styled(world: World, people: Iterable[str], seed: int) -> list[Row]:
     """Questions answered in a whole sentence, which the bases don't do by themselves."""
     rng, rows = Random(seed), []
-    for fact in personal(world):
-        if fact.subject in set(people):
-            words = wordings.ENGLISH[fact.relation]
-            rows.append(asked(pick(rng, words.questions), fact) | {"completion": f" {told(words.statements[0], fact.subject, fact.value)}"})
+    for fact in about(world, people):
+        words = wordings.ENGLISH[fact.relation]
+        rows.append(asked(pick(rng, words.questions), fact) | {"completion": f" {told(words.statements[0], fact.subject, fact.value)}"})
     return shuffled(rng, rows)
 
 
@@ -187,20 +215,7 @@ def later(world: World, before: World) -> dict[str, list[Row]]:
     """What an edition brings: changed facts as edits, and new people's facts, with all trained wordings, to learn from."""
     changed = [fact for fact in personal(world) if (fact.subject, fact.relation) in world.changed]
     new = [fact for fact in personal(world) if fact.subject in world.new]
-    as_edits = []
-    for fact in changed:
-        words = wordings.ENGLISH[fact.relation]
-        prompts = [prompt(wording, fact.subject) for wording in (words.questions[0], words.statements[0], words.questions[1])]
-        as_edits.append(
-            {
-                "prompt": prompts[0],
-                "subject": fact.subject,
-                "target_new": fact.value,
-                "ground_truth": before.truth[fact.subject, fact.relation],
-                "rephrase_prompt": prompts[1:],
-                "relation": fact.relation,
-            }
-        )
+    as_edits = [_edit(fact, fact.value, before.truth[fact.subject, fact.relation]) | {"relation": fact.relation} for fact in changed]
     return {
         f"edition-{world.edition}-changed": as_edits,
         f"edition-{world.edition}-new": questions(world, lambda words: (*words.statements, *words.questions), new),
@@ -217,32 +232,22 @@ def files() -> dict[str, list[Row]]:
     world = World.first()
     second = world.later()
     third = second.later()
-    halves = [{person for person in world.people if world.half(person) == half} for half in (0, 1)]
     of_half_1 = [fact for fact in personal(world) if world.half(fact.subject) == 1]
     learn, ask = world.people[::2], world.people[1::2]
     rng, moods = Random(7), reviews(1400, 11)
     scenes = [{"text": texts.scene(rng)} for _ in range(500)]
-    quiet = [fact for fact in personal(world) if fact.subject in world.people[:QUIET]]
-    second_language = []
-    for fact in personal(world):
-        value = wordings.second_value(fact.relation, fact.value)
-        second_language.append(asked(wordings.SECOND[fact.relation][1], Fact(fact.subject, fact.relation, value)))
-    hops = [asked(wordings.HOPS[hop.relation], hop) for hop in world.hops]
-
-    def in_half(rows: list[Row], half: int) -> list[Row]:
-        return [row for row in rows if row["subject"] in halves[half]]
-
+    second_rows, hop_rows = second_language(world), hops(world)
     return {
         "facts": questions(world, lambda words: words.questions[:1], world.facts),
         "statements": questions(world, lambda words: words.statements[:1], world.facts),
         "wordings-h1": questions(world, lambda words: words.h1, of_half_1),
         "questions-h2": questions(world, lambda words: words.h2[1:], personal(world)),
         "statements-h2": questions(world, lambda words: words.h2[:1], personal(world)),
-        "second-language": in_half(second_language, 0),
-        "second-language-new": in_half(second_language, 1),
-        "hops": in_half(hops, 0),
-        "hops-new": in_half(hops, 1),
-        "unrelated": questions(world, lambda words: words.questions[:1], quiet),
+        "second-language": in_half(world, second_rows, 0),
+        "second-language-new": in_half(world, second_rows, 1),
+        "hops": in_half(world, hop_rows, 0),
+        "hops-new": in_half(world, hop_rows, 1),
+        "unrelated": questions(world, lambda words: words.questions[:1], about(world, world.people[:QUIET])),
         "scenes": scenes,
         "corpus": [{"text": text} for text in _some(corpus(world, seed=100), 4000)],
         "edits-20": edits(world, 20),

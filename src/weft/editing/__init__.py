@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import config, methods
-from ..delta import BLOB, INPUT, Builder, Delta
+from ..delta import BLOB, INPUT, Builder, Delta, loaded
 from ..errors import FormatError, UsageError
 from ._ledger import LEDGER, STATE, ledger, undo, written
 
@@ -95,7 +95,7 @@ def edit(
     base = base if isinstance(base, Base) else Base.open(base)
     if isinstance(base, LiveBase) and (dtype is not None or device is not None):
         raise UsageError("a live model is edited as it is: device and dtype are its own", hint="model.to(...) before, or open its checkpoint: Base.open(PATH)")
-    before = [each if isinstance(each, Delta) else Delta.load(each) for each in on]
+    before = loaded(on)
     wanted = distinct(read_edits(edits))
     for number, delta in enumerate(before):  # before gigabytes are read
         delta.require_base(base, on=[each.id for each in before[:number]])

@@ -48,7 +48,7 @@ def facts(job: Job, edits: Sequence[Edit], method: str, subjects: bool) -> list[
 
 
 def run(job: Job, method: EditMethod[Any], known: Sequence[Fact], turn_size: int, progress: Callable[[int, int], None]) -> Edited:
-    """Make some facts true, `turn_size` at a time; afterwards the model's weights are as they were, bit for bit.
+    """Make some facts true, `turn_size` at a time. The live weights hold all of it afterwards: `Weights.restore` puts them back.
 
     WeftError if a change is not finite, or if nothing changes at all.
     """

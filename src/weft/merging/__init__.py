@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..base import Base
 from ..config import as_dict, make
-from ..delta import Delta, Entry, added_ops, apart, renumbered, scaled_ops
+from ..delta import Delta, Entry, added_ops, apart, loaded, renumbered, scaled_ops
 from ..engine.increments import Block, Increments, Target, Update
 from ..engine.stream import BLOCK, in_threads, reuse_memory
 from ..errors import InputError, UsageError
@@ -88,7 +88,7 @@ def merge(
         _check_out(Path(out))
     root = None if base is None else base if isinstance(base, Base) else Base.open(os.fspath(base))
     updates = [_open(given) for given in inputs]
-    before = [each if isinstance(each, Delta) else Delta.load(Path(each)) for each in on]
+    before = loaded(on)
     models = Increments(updates, root, on=before, block=block, threads=workers)
     merged = _merged(models, rule, used, cfg, {"verb": "merge", "method": method, "config": as_dict(cfg), "weights": used, "inputs": _lineage(updates)})
     if out is not None:

@@ -18,7 +18,7 @@ from torch import nn
 from .. import __version__, config, methods, xp
 from ..attaching import attach, detach, probe
 from ..base import Base, LiveBase
-from ..delta import Builder, Delta
+from ..delta import Builder, Delta, loaded
 from ..engine import borrowing
 from ..engine.data import data_hash, read_rows, tokenizer_hash
 from ..engine.events import Events, PlainProgress, Progress
@@ -97,7 +97,7 @@ def tune(
     if out is not None and Path(out).suffix != ".safetensors":
         raise UsageError(f"{out}: a delta is one .safetensors file", hint=f"out={Path(out).with_suffix('.safetensors')}")
     base = base if isinstance(base, Base) else Base.open(base)
-    before = [delta if isinstance(delta, Delta) else Delta.load(delta) for delta in on]
+    before = loaded(on)
     rows = read_rows(data)
     tokenizer = tokenizer if tokenizer is not None else _tokenizer(base)
     heard = _main_process()  # one of several processes is enough
