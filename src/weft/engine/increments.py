@@ -394,6 +394,11 @@ class Increments:
                     return False
         return True
 
+    def all_dense(self, name: str) -> bool:
+        """Whether several updates, all of them deltas, change a tensor by full increments alone: their sum is best stored as one."""
+        chains = [model.entries[name].ops for model in self._models if isinstance(model, _Update) and name in model.entries]
+        return len(chains) > 1 and all(op.op == "dense" for ops in chains for op in ops)
+
     # --- increments
 
     def read(self, number: int, block: Block) -> Array:

@@ -9,7 +9,7 @@ Inputs are deltas and checkpoints in any mix; nothing is ever loaded whole. Meth
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import isfinite
@@ -19,18 +19,20 @@ from typing import TYPE_CHECKING, Any
 
 from ..base import Base
 from ..config import as_dict, make
-from ..delta import Delta, Entry, added_ops, apart, loaded, renumbered, scaled_ops
+from ..delta import BLOB, Delta, Entry, added_ops, apart, loaded, renumbered, scaled_ops
 from ..engine.increments import Block, Increments, Target, Update
 from ..engine.stream import BLOCK, in_threads, reuse_memory
 from ..errors import InputError, UsageError
 from ..methods import get
 from ..ops.spec import OpEntry, Ref
 from ..stored import BLOCK as BYTES
-from ..stored import Tensor, read_container
-from ._method import MergeMethod
+from ..stored import Tensor, hold, read_container
+from ._method import DataMethod, MergeMethod
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from ._data import Study
 
     Array = np.ndarray[Any, Any]
 
@@ -48,6 +50,9 @@ def merge(
     out: str | os.PathLike[str] | None = None,
     into: str | os.PathLike[str] | None = None,
     on: Sequence[Delta | str | os.PathLike[str]] = (),
+    data: Any = None,
+    device: Any = None,
+    batch_size: int = 32,
     threads: int | None = None,
     block: int = BLOCK,
     **params: Any,
@@ -62,6 +67,8 @@ def merge(
     out:     a .safetensors file to write the merged delta to
     into:    a folder to write base + merged delta to, without a delta file
     on:      deltas that inputs were made over, if they are no inputs themselves; the result is then made over them too
+    data:    for methods that look at data: one set (rows or a file) for all inputs, or a list of one for each; `device` is where
+             the live models run (default: what Accelerate finds), `batch_size` the rows that pass at once
     threads: blocks computed at a time (None: the CPUs of this process, at most 8); block: entries in one block of rows.
              Neither changes a bit of the result
 
@@ -90,7 +97,11 @@ def merge(
     updates = [_open(given) for given in inputs]
     before = loaded(on)
     models = Increments(updates, root, on=before, block=block, threads=workers)
-    merged = _merged(models, rule, used, cfg, {"verb": "merge", "method": method, "config": as_dict(cfg), "weights": used, "inputs": _lineage(updates)})
+    recipe = {"verb": "merge", "method": method, "config": as_dict(cfg), "weights": used, "inputs": _lineage(updates)}
+    study = _study(rule, models, data, method, device, batch_size, getattr(cfg, "seed", 0))
+    if study is not None:
+        recipe |= study.recipe()
+    merged = _merged(models, rule, used, cfg, recipe, study)
     if out is not None:
         merged.save(Path(out))
         return Delta.load(Path(out))
@@ -121,6 +132,24 @@ def _threads(threads: int | None) -> int:
     if threads < 1:
         raise UsageError(f"threads must be at least 1, got {threads}")
     return threads
+
+
+def _study(rule: MergeMethod[Any], models: Increments, data: Any, method: str, device: Any, batch_size: int, seed: int) -> Study | None:
+    """The models with their data, for a method that looks at it; one set of data may serve all."""
+    if not isinstance(rule, DataMethod):
+        if data is not None:
+            raise UsageError(f"the merge method {method!r} looks at no data", hint="leave data out (--data)")
+        return None
+    if data is None:
+        raise UsageError(f"the merge method {method!r} needs data", hint="data=FILE, or a list of one for each input (--data FILE, again for each)")
+    if models.base is None:
+        raise UsageError(f"the merge method {method!r} runs the models; give the base", hint="base=PATH (--base PATH)")
+    sets = list(data) if isinstance(data, list | tuple) and not (data and isinstance(data[0], dict)) else [data]
+    if len(sets) not in (1, len(models.updates)):
+        raise UsageError(f"expected one set of data, or one for each of {len(models.updates)} inputs, got {len(sets)}")
+    from ._data import Study
+
+    return Study(models, sets * (len(models.updates) // len(sets)), device=device, batch_size=batch_size, seed=seed)
 
 
 def _check_out(out: Path) -> None:
@@ -154,53 +183,53 @@ def _lineage(updates: Sequence[Update]) -> list[dict[str, str | None]]:
 # --- the merged delta
 
 
-def _merged(models: Increments, rule: MergeMethod[Any], weights: list[float], cfg: Any, recipe: dict[str, Any]) -> Delta:
-    coefficients = rule.coefficients(weights, cfg)
-    kept = [name for name in models.targets if coefficients is not None and models.by_algebra(name)]
-    keep = set(kept)
+def _merged(models: Increments, rule: MergeMethod[Any], weights: list[float], cfg: Any, recipe: dict[str, Any], study: Study | None) -> Delta:
+    weighted = rule.weighted(cfg)
+    keep = {name for name in models.targets if weighted and models.by_algebra(name) and not models.all_dense(name)}
     dense = [target for name, target in models.targets.items() if name not in keep]
     lacking = [target.name for target in dense if models.base is None and models.needs_base(target.name)]
     if lacking:
         raise UsageError(
             f"what the inputs do to {lacking[0]!r} depends on the base's values ({len(lacking)} such tensors); give the base", hint="base=PATH (--base PATH)"
         )
-    entries, tensors = _combined(models, coefficients, kept) if coefficients is not None else ({}, {})
-    if dense:
-        kernel = Kernel(models, rule, weights, cfg)
-        for target in dense:
-            key = f"{target.name}//0.values"
-            entries[target.name] = Entry((OpEntry("dense", {}, {"values": Ref(key)}),), target.base, target.change)
-            tensors[key] = Merged(kernel, target)
+    reuse_memory()
+    state = rule.measure(study, weights, cfg) if isinstance(rule, DataMethod) and study is not None else rule.prepare(models, weights, cfg)
+    entries, tensors = _combined(models, {name: rule.coefficients(weights, cfg, state, models.targets[name]) for name in models.targets if name in keep})
+    kernel = Kernel(models, rule, weights, cfg, state)
+    scale = rule.scale(state)
+    for target in dense:
+        key = f"{target.name}//0.values"
+        entries[target.name] = Entry((OpEntry("dense", {} if scale == 1 else {"scale": scale}, {"values": Ref(key)}),), target.base, target.change)
+        tensors[key] = Merged(kernel, target)
+    tensors |= {BLOB + name: hold(bytearray(data)) for name, data in rule.blobs(state).items()}
     parents = tuple(each.id for each in models.updates if isinstance(each, Delta))
     tied = tuple(group for group in models.tied if entries.keys() & set(group))
     return Delta(models.fingerprint, entries, tensors, models.over, parents, recipe, models.config, tied, models.quantisation)
 
 
-def _combined(models: Increments, coefficients: Sequence[float], names: Sequence[str]) -> tuple[dict[str, Entry], dict[str, Tensor]]:
+def _combined(models: Increments, coefficients: Mapping[str, Sequence[float]]) -> tuple[dict[str, Entry], dict[str, Tensor]]:
     """sum_i c_i delta_i on some tensors by the algebra of deltas: no number is read. Models with c = 0 are left out."""
-    keep = set(names)
     entries: dict[str, Entry] = {}
     tensors: dict[str, Tensor] = {}
-    for number, (update, c) in enumerate(zip(models.updates, coefficients, strict=True)):
-        if not isinstance(update, Delta) or c == 0:
+    for number, update in enumerate(models.updates):
+        if not isinstance(update, Delta):
             continue
-        chosen = {name: entry for name, entry in models.entries(number).items() if name in keep}
+        chosen = {name: entry for name, entry in models.entries(number).items() if name in coefficients and coefficients[name][number] != 0}
         used = {key: update.tensors[key] for entry in chosen.values() for op in entry.ops for key in op.tensor_keys()}
         theirs, data = apart(replace(update, entries=chosen, tensors=used), tensors)
         tensors |= data
         for name, entry in theirs.items():
+            c = coefficients[name][number]
             ops = entry.ops if c == 1 else scaled_ops(entry.ops, c)
             entries[name] = replace(entry, ops=added_ops(entries[name].ops, ops) if name in entries else ops)
     return renumbered(entries, tensors)
 
 
 class Kernel:
-    """A method at work on its increments: what every merged tensor needs to compute itself. Preparing reads the inputs."""
+    """A method at work on its increments: what every merged tensor needs to compute itself. `state`: what `prepare` found."""
 
-    def __init__(self, models: Increments, rule: MergeMethod[Any], weights: Sequence[float], cfg: Any) -> None:
-        reuse_memory()
-        self.models, self._rule, self._weights, self._cfg = models, rule, weights, cfg
-        self._state = rule.prepare(models, weights, cfg)
+    def __init__(self, models: Increments, rule: MergeMethod[Any], weights: Sequence[float], cfg: Any, state: Any) -> None:
+        self.models, self._rule, self._weights, self._cfg, self._state = models, rule, weights, cfg, state
         self._lock = Lock()
         self._last: tuple[Target, Array] | None = None
 

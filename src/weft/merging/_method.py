@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     import msgspec
     import numpy as np
 
-    from ..engine.increments import Block, Increments
+    from ..engine.increments import Block, Increments, Target
+    from ._data import Study
 
     Array = np.ndarray[Any, Any]
 
@@ -38,9 +39,13 @@ class MergeMethod(Generic[C]):
         """What is wrong with these weights for this config, as sentences."""
         return []
 
-    def coefficients(self, weights: Sequence[float], cfg: C) -> list[float] | None:
-        """c where the result is exactly sum_i c_i tau_i, so that deltas can be combined without reading a number; None elsewhere."""
-        return None
+    def weighted(self, cfg: C) -> bool:
+        """Whether the result is exactly sum_i c_i tau_i with the c of `coefficients`, so that deltas are combined with their own ops."""
+        return False
+
+    def coefficients(self, weights: Sequence[float], cfg: C, state: Any, target: Target) -> Sequence[float]:
+        """c of each model on one tensor. Asked for only where `weighted`, after `prepare`."""
+        raise NotImplementedError
 
     def prepare(self, models: Increments, weights: Sequence[float], cfg: C) -> Any:
         """Statistics over whole tensors or models, the `state` of `merge`: thresholds, norms, angles."""
@@ -55,15 +60,31 @@ class MergeMethod(Generic[C]):
         """
         raise NotImplementedError
 
+    def scale(self, state: Any) -> float:
+        """A factor on everything that `merge` gives, stored beside the values so that these stay as they are."""
+        return 1.0
+
+    def blobs(self, state: Any) -> dict[str, bytes]:
+        """Bookkeeping that goes with the merged delta, by name: what a later merge goes on from."""
+        return {}
+
 
 class LinearMethod(MergeMethod[C]):
-    """A method whose result is sum_i c_i tau_i: it gives `coefficients`, and that is all."""
+    """A method whose result is always sum_i c_i tau_i: it gives `coefficients`, and that is all."""
 
-    def coefficients(self, weights: Sequence[float], cfg: C) -> list[float]:
-        raise NotImplementedError
+    def weighted(self, cfg: C) -> bool:
+        return True
 
     def merge(self, taus: list[Array], weights: Sequence[float], cfg: C, state: Any, block: Block) -> Array:
-        return weighted_sum(taus, self.coefficients(weights, cfg))
+        return weighted_sum(taus, self.coefficients(weights, cfg, state, block.target))
+
+
+class DataMethod(MergeMethod[C]):
+    """A method that looks at data and at the live models: `measure` is called in place of `prepare`."""
+
+    def measure(self, study: Study, weights: Sequence[float], cfg: C) -> Any:
+        """What the models do with their data, as the `state` of `merge`."""
+        raise NotImplementedError
 
 
 def weighted_sum(taus: Sequence[Array], coefficients: Sequence[float]) -> Array:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ..delta import BaseTensor
-    from ..engine.increments import Block, Increments
+    from ..engine.increments import Block, Increments, Target
 
     Array = np.ndarray[Any, Any]
 
@@ -71,8 +71,11 @@ class DareState:
 class Dare(MergeMethod[DareConfig]):
     """Drop entries of each increment at random, rescale the others, add up."""
 
-    def coefficients(self, weights: Sequence[float], cfg: DareConfig) -> list[float] | None:
-        return [cfg.scale * w for w in weights] if cfg.drop == 0 and cfg.signs == "all" else None
+    def weighted(self, cfg: DareConfig) -> bool:
+        return cfg.drop == 0 and cfg.signs == "all"
+
+    def coefficients(self, weights: Sequence[float], cfg: DareConfig, state: DareState, target: Target) -> list[float]:
+        return [cfg.scale * w for w in weights]
 
     def prepare(self, models: Increments, weights: Sequence[float], cfg: DareConfig) -> DareState:
         keys = _keys(models, cfg.seed)

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import fsum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
 from ..methods import method
 from ._method import LinearMethod
+
+if TYPE_CHECKING:
+    from ..engine.increments import Target
 
 
 class LinearConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -40,6 +43,6 @@ class Linear(LinearMethod[LinearConfig]):
     def problems(self, weights: Sequence[float], cfg: LinearConfig) -> list[str]:
         return ["normalize: the weights add up to 0"] if cfg.normalize and fsum(weights) == 0 else []
 
-    def coefficients(self, weights: Sequence[float], cfg: LinearConfig) -> list[float]:
+    def coefficients(self, weights: Sequence[float], cfg: LinearConfig, state: None, target: Target) -> list[float]:
         total = fsum(weights) if cfg.normalize else 1.0
         return [w / total for w in weights]

@@ -57,8 +57,11 @@ class ModelBreadcrumbsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_u
 class ModelBreadcrumbs(MergeMethod[ModelBreadcrumbsConfig]):
     """Leave out the outliers and the noise of each increment, add up."""
 
-    def coefficients(self, weights: Sequence[float], cfg: ModelBreadcrumbsConfig) -> list[float] | None:
-        return _coefficients(weights, cfg) if cfg.density == 1 and cfg.top == 0 else None
+    def weighted(self, cfg: ModelBreadcrumbsConfig) -> bool:
+        return cfg.density == 1 and cfg.top == 0
+
+    def coefficients(self, weights: Sequence[float], cfg: ModelBreadcrumbsConfig, state: Any, target: Target) -> list[float]:
+        return _coefficients(weights, cfg)
 
     def prepare(self, models: Increments, weights: Sequence[float], cfg: ModelBreadcrumbsConfig) -> dict[str, list[Limits]]:
         """(h_i, H_i) for each tensor."""

@@ -25,12 +25,12 @@ import msgspec
 
 from ..methods import method
 from ._angles import inner_products
-from ._method import MergeMethod
+from ._method import LinearMethod
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..engine.increments import Block, Increments
+    from ..engine.increments import Increments, Target
 
     Array = np.ndarray[Any, Any]
 
@@ -45,7 +45,7 @@ class ModelStockConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     paper="Jang et al., 2024, arXiv:2403.19522",
     formula="theta = theta_0 + t mean_i tau_i, t = k c / (1 + (k - 1) c), c = mean_{i<j} cos(tau_i, tau_j)",
 )
-class ModelStock(MergeMethod[ModelStockConfig]):
+class ModelStock(LinearMethod[ModelStockConfig]):
     """The average of the increments, pulled towards the base as far as their angles say."""
 
     def problems(self, weights: Sequence[float], cfg: ModelStockConfig) -> list[str]:
@@ -59,13 +59,8 @@ class ModelStock(MergeMethod[ModelStockConfig]):
         products = inner_products(models, lambda block: [tau.astype(np.float64) for tau in models.read_all(block)])
         return {name: _coefficients(gram) for name, gram in products.items()}
 
-    def merge(self, taus: list[Array], weights: Sequence[float], cfg: ModelStockConfig, state: dict[str, list[float]], block: Block) -> Array:
-        import numpy as np
-
-        total = np.zeros(block.shape)
-        for tau, c in zip(taus, state[block.target.name], strict=True):
-            total += c * tau.astype(np.float64)
-        return total
+    def coefficients(self, weights: Sequence[float], cfg: ModelStockConfig, state: dict[str, list[float]], target: Target) -> list[float]:
+        return state[target.name]
 
 
 def _coefficients(gram: Array) -> list[float]:

@@ -37,7 +37,7 @@ from ._method import MergeMethod
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..engine.increments import Block, Increments
+    from ..engine.increments import Block, Increments, Target
 
     Array = np.ndarray[Any, Any]
 
@@ -67,8 +67,11 @@ class Slerp(MergeMethod[SlerpConfig]):
         found = [f"slerp goes from one model to another: expected 2 inputs, got {len(weights)}"] if len(weights) != 2 else []
         return found + ["slerp is steered by its option t; leave the weights out"] * any(w != 1 for w in weights)
 
-    def coefficients(self, weights: Sequence[float], cfg: SlerpConfig) -> list[float] | None:
-        return [1 - cfg.t, cfg.t] if cfg.t in (0, 1) else None
+    def weighted(self, cfg: SlerpConfig) -> bool:
+        return cfg.t in (0, 1)
+
+    def coefficients(self, weights: Sequence[float], cfg: SlerpConfig, state: State | None, target: Target) -> list[float]:
+        return [1 - cfg.t, cfg.t]
 
     def prepare(self, models: Increments, weights: Sequence[float], cfg: SlerpConfig) -> State | None:
         if cfg.t in (0, 1):

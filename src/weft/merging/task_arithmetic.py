@@ -9,12 +9,15 @@ paper finds `scale` on validation data, between 0.3 and 0.5 for eight tasks as a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 
 from ..methods import method
 from ._method import LinearMethod
+
+if TYPE_CHECKING:
+    from ..engine.increments import Target
 
 
 class TaskArithmeticConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -32,5 +35,5 @@ class TaskArithmeticConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unk
 class TaskArithmetic(LinearMethod[TaskArithmeticConfig]):
     """The sum of the increments, each with a weight."""
 
-    def coefficients(self, weights: Sequence[float], cfg: TaskArithmeticConfig) -> list[float]:
+    def coefficients(self, weights: Sequence[float], cfg: TaskArithmeticConfig, state: None, target: Target) -> list[float]:
         return [cfg.scale * w for w in weights]
