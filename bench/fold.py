@@ -19,69 +19,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from checkpoints import build_base, noise
 
-from weft import xp
 from weft.base import Base
 from weft.delta import Builder
-from weft.file import container_header
-from weft.stored import Computed, Tensor
-
-HIDDEN, INNER, VOCABULARY, SHARDS = 2048, 5504, 32000, 4
-
-
-def layout(layers: int) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN)}
-    for i in range(layers):
-        for name, shape in {
-            **{f"self_attn.{k}_proj": (HIDDEN, HIDDEN) for k in "qkvo"},
-            "mlp.gate_proj": (INNER, HIDDEN),
-            "mlp.up_proj": (INNER, HIDDEN),
-            "mlp.down_proj": (HIDDEN, INNER),
-            "input_layernorm": (HIDDEN,),
-            "post_attention_layernorm": (HIDDEN,),
-        }.items():
-            shapes[f"model.layers.{i}.{name}.weight"] = shape
-    return shapes | {"model.norm.weight": (HIDDEN,)}
-
-
-def noise(shape: tuple[int, ...], stream: int, dtype: str, std: float) -> Iterator[bytes]:
-    """Normal numbers, the same on every machine, in blocks."""
-    left, start = int(np.prod(shape)), 0
-    key = xp.key(7, stream)
-    while left:
-        count = min(left, 1 << 20)
-        yield xp.cast(xp.normals(np.zeros(0), key, start, count) * np.float32(std), dtype).tobytes()
-        start, left = start + count, left - count
-
-
-def build_checkpoint(folder: Path, size: float) -> None:
-    per_layer = 2 * (4 * HIDDEN * HIDDEN + 3 * HIDDEN * INNER + 2 * HIDDEN)
-    layers = max(1, round((size * 1e9 - 2 * VOCABULARY * HIDDEN) / per_layer))
-    shapes = layout(layers)
-    names, parts = list(shapes), {}
-    share = sum(int(np.prod(s)) for s in shapes.values()) / SHARDS
-    full = 0.0
-    for name in names:
-        parts.setdefault(min(SHARDS - 1, int(full / share)), []).append(name)
-        full += int(np.prod(shapes[name]))
-    folder.mkdir()
-    weight_map = {}
-    for number, inside in sorted(parts.items()):
-        file = f"model-{number + 1:05}-of-{len(parts):05}.safetensors"
-        tensors: dict[str, Tensor] = {n: Computed("BF16", shapes[n], lambda n=n: noise(shapes[n], names.index(n), "bfloat16", 0.02)) for n in inside}
-        with open(folder / file, "wb") as out:
-            out.write(container_header(tensors, inside, {"format": "pt"}))
-            for name in inside:
-                out.writelines(tensors[name].blocks())
-            os.fsync(out.fileno())
-        weight_map |= dict.fromkeys(inside, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": layers}))
+from weft.stored import Computed
 
 
 def build_deltas(base: Base, folder: Path) -> dict[str, Path]:
@@ -157,7 +103,7 @@ def main() -> None:
         folder = Path(name)
         os.environ["WEFT_CACHE"] = str(folder / "cache")
         model = folder / "model"
-        build_checkpoint(model, args.size)
+        build_base(model, args.size)
         time.sleep(2.1)  # the cache trusts no file that changed just now
         base = Base.open(model)
         base.hash_all()

@@ -49,6 +49,16 @@ def bits(x: Any) -> bytes:
     return np.ascontiguousarray(xp.to_numpy(x)).tobytes()
 
 
+def raw_for(t: dict[str, np.ndarray], dtype: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The fields of a raw op's example, made for float32, and its config, for a target that is stored as `dtype`."""
+    from weft.stored import dtype_code
+
+    dtype = np.dtype(dtype)
+    if "bits" in t:  # the upper ones
+        return {"bits": (t["bits"] >> np.uint32(32 - 8 * dtype.itemsize)).astype(f"u{dtype.itemsize}")}, {"dtype": dtype_code(dtype)}
+    return {**t, "values": t["values"].astype(dtype)}, {}
+
+
 @pytest.fixture
 def small_delta(tmp_path: Path) -> Path:
     """A valid delta file of a few kilobytes, with sharing, a sum, a view, an added tensor and notes."""

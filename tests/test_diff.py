@@ -18,6 +18,7 @@ from weft import diffing as diff_module
 from weft.base import Base
 from weft.delta import Delta
 from weft.diffing import diff
+from weft.engine import lowrank
 from weft.errors import MismatchError, UsageError
 from weft.folding import fold
 from weft.stored import Computed
@@ -220,7 +221,7 @@ def test_lowrank_of_large_matrices(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     base, other = save(tmp_path / "old", {"w": w}), save(tmp_path / "new", {"w": w + change})
     whole = {"rank": diff(base, other, "lowrank", rank=5), "energy": diff(base, other, "lowrank", energy=0.9)}
     flat = diff(base, other, "lowrank", rank=20)
-    monkeypatch.setattr(diff_module, "_DIRECT", 0)
+    monkeypatch.setattr(lowrank, "_DIRECT", 0)
     for name, settings in {"rank": {"rank": 5}, "energy": {"energy": 0.9}}.items():
         fast = diff(base, other, "lowrank", **settings)
         assert fast.get("w//0.A").shape == whole[name].get("w//0.A").shape

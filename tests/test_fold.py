@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.conftest import bits
+from tests.conftest import bits, raw_for
 from weft import ops
 from weft.base import Base
 from weft.delta import Builder, Delta
@@ -82,9 +82,8 @@ def every_op(dtype: Any) -> tuple[dict[str, Any], Any]:
         for kind in WEIGHT_OPS:
             for shape in SHAPES:
                 t = ops.get(kind).example(shape, draw)
-                if ops.get(kind).raw:
-                    t["values"] = t["values"].astype(dtype)
-                build.put(f"{kind}.{len(shape)}d", kind, t)
+                t, cfg = raw_for(t, dtype) if ops.get(kind).raw else (t, {})
+                build.put(f"{kind}.{len(shape)}d", kind, t, **cfg)
         build.put("lowrank.2d", "magnitude", ops.get("magnitude").example((24, 16), draw))
         build.put("dense.2d", "dense", {"values": draw.normal((4, 16))}, at=At(index=((8, 12),)), scale=-0.5)
         build.put("scalar", "dense", {"values": draw.normal((1,)).reshape(())})

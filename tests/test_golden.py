@@ -34,6 +34,7 @@ IDS = {
     "structure": "8437b7e746d99a757fb1bd0a63e41bf982bde4b1ba26b23ef2e9eb003f0a5463",
     "references": "134efe219cf457405ae5bc7de911c9b4e8360712ec8e3cbc3526fdd673bc9641",
     "replay": "ef468664f745c79237ee9eb74c9f790cfabcff079181a34193776cb91f016c27",
+    "flipped": "79daa191d9092060da5a2d1cc20d9364c87bee6668a918c85e6d1cd9fb41c1f8",
     "live": "91cbd59db8e5a96b9551313e75098f550b70e903b5953c58398caf0a8c8bce77",
 }
 FINGERPRINT = "6e5782227ab46cb37c202eae784eab32c68b8073a9cd416efd06d22dc1231438"
@@ -79,7 +80,7 @@ def sha256(data: bytes | str) -> str:
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()
 
 
-CODES = {"F64": "<f8", "I64": "<i8", "F32": "<f4", "I32": "<i4", "F16": "<f2", "U8": "u1", "BF16": "<u2"}
+CODES = {"F64": "<f8", "I64": "<i8", "U64": "<u8", "F32": "<f4", "I32": "<i4", "U32": "<u4", "F16": "<f2", "U16": "<u2", "U8": "u1", "BF16": "<u2"}
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -247,6 +248,11 @@ class Mini:
         new[t["index"]] = t["values"]
         return new
 
+    def xor(self, w: Any, t: Any, cfg: Any) -> Any:
+        dtype = cfg.get("dtype", "F32")
+        flipped = np.frombuffer(store(w, dtype), t["bits"].dtype) ^ t["bits"].reshape(-1)
+        return array((dtype, list(w.shape), flipped.tobytes()))
+
     def sparse(self, w: Any, t: Any, cfg: Any) -> Any:
         new = w.reshape(-1).astype(np.float64)
         for i, value in zip(t["index"], t["values"], strict=True):
@@ -338,7 +344,7 @@ class Mini:
         if whole:
             data, ops = self.tensors[ops[whole[-1]]["t"]["values"]][2], ops[whole[-1] + 1 :]
         end = len(ops)
-        while end and ops[end - 1]["op"] == "assign":
+        while end and ops[end - 1]["op"] in ("assign", "xor"):
             end -= 1
         if end:
             assert dtype in FLOATS
@@ -352,6 +358,11 @@ class Mini:
         raw = np.frombuffer(data, CODES[dtype]).copy()
         for op in ops[end:]:
             where = self.view(tuple(shape), op.get("at")).reshape(-1)
+            if op["op"] == "xor":
+                assert op["cfg"].get("dtype", "F32") == dtype
+                flips = np.frombuffer(self.tensors[op["t"]["bits"]][2], f"<u{raw.itemsize}")
+                raw[where] = (raw[where].view(flips.dtype) ^ flips).view(raw.dtype)
+                continue
             where = where[array(self.tensors[op["t"]["index"]])] if "index" in op["t"] else where
             raw[where] = np.frombuffer(self.tensors[op["t"]["values"]][2], CODES[dtype])
         return raw.tobytes()

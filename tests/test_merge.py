@@ -115,19 +115,19 @@ def exact_delta(base: Base, start: dict[str, np.ndarray], values: dict[str, np.n
     return build.done(recipe={"verb": "diff"})
 
 
-# --- slow references: entry by entry, in Python's own floats
+# --- slow references: entry by entry, one operation after the other in the dtype of increments
 
 
 def slow_sum(taus: list[dict[str, np.ndarray]], coefficients: list[float]) -> dict[str, np.ndarray]:
     out = {}
     for name, first in taus[0].items():
-        flat = []
+        flat, kind = [], first.dtype.type
         for j in range(first.size):
-            total = 0.0
+            total = kind(0)
             for tau, c in zip(taus, coefficients, strict=True):
-                total += c * float(tau[name].reshape(-1)[j])
+                total = total + kind(c) * tau[name].reshape(-1)[j]
             flat.append(total)
-        out[name] = np.array(flat).astype(first.dtype).reshape(first.shape)
+        out[name] = np.array(flat, first.dtype).reshape(first.shape)
     return out
 
 
@@ -142,7 +142,7 @@ def slow_ties(
     weights: list[float] | None = None,
 ) -> dict[str, np.ndarray]:
     weights = weights or [1.0] * len(taus)
-    vectors = {name: [[float(v) for v in tau[name].reshape(-1)] for tau in taus] for name in taus[0]}
+    vectors = {name: [list(tau[name].reshape(-1)) for tau in taus] for name in taus[0]}
 
     def threshold(values: list[float]) -> float:
         ordered = sorted((abs(float(np.float32(v))) for v in values), reverse=True)
@@ -153,31 +153,31 @@ def slow_ties(
         h = threshold([v for name in vectors for v in vectors[name][i]])
         for name in vectors:
             here = threshold(vectors[name][i]) if trim == "tensor" else h
-            trimmed[name].append([v if abs(float(np.float32(v))) >= here else 0.0 for v in vectors[name][i]])
+            trimmed[name].append([v if abs(float(np.float32(v))) >= here else v.dtype.type(0) for v in vectors[name][i]])
 
-    def votes(name: str, j: int) -> list[float]:
-        return [(w * t[j] if elect_weighted else t[j]) for t, w in zip(trimmed[name], weights, strict=True)]
+    def votes(name: str, j: int) -> list[Any]:
+        return [(t[j].dtype.type(w) * t[j] if elect_weighted else t[j]) for t, w in zip(trimmed[name], weights, strict=True)]
 
     def mass(name: str, j: int) -> float:
-        total = 0.0
+        total = votes(name, j)[0].dtype.type(0)
         for vote in votes(name, j):
-            total += float(np.sign(vote)) if elect == "count" else vote
+            total += np.sign(vote) if elect == "count" else vote
         return total
 
     balance = sum(float(np.sign(mass(name, j))) for name in vectors for j in range(len(vectors[name][0])))
     out = {}
     for name, like in taus[0].items():
-        flat = []
+        flat, kind = [], like.dtype.type
         for j in range(like.size):
             m = mass(name, j)
             sign = np.sign(m) if m else np.sign(balance)
-            total = divisor = 0.0
+            total = divisor = kind(0)
             for vote, t, w in zip(votes(name, j), trimmed[name], weights, strict=True):
                 if vote > 0 if sign > 0 else vote < 0:
-                    total += (scale * w) * t[j]
-                    divisor += w if normalize else 1.0
-            flat.append(total / (divisor or 1.0))
-        out[name] = np.array(flat).astype(like.dtype).reshape(like.shape)
+                    total += kind(scale * w) * t[j]
+                    divisor += kind(w if normalize else 1)
+            flat.append(total / (divisor or kind(1)))
+        out[name] = np.array(flat, like.dtype).reshape(like.shape)
     return out
 
 
@@ -508,7 +508,7 @@ def test_into_is_the_fold_of_the_merged_delta(family, tmp_path, method):
     merged = weft.merge([*ckpts, lora(base, 1, TARGETS)], base, method, out=tmp_path / "merged.safetensors")
     fold(base, [merged], tmp_path / "folded")
     report = weft.merge([*ckpts, lora(base, 1, TARGETS)], base, method, into=tmp_path / "into", threads=2, block=11)
-    assert report.changed > 100 and report.deltas == (merged.id,)
+    assert report.changed > 100 and report.base == base.fingerprint and report.deltas == ()  # the merged delta has no id: it was never made
     for file in base.files:
         assert (tmp_path / "into" / file.name).read_bytes() == (tmp_path / "folded" / file.name).read_bytes()
     w = start["norm.weight"].astype(np.float32)
@@ -782,3 +782,56 @@ def test_increments_read_what_a_model_does_not_change_as_zeros(family):
         first, second = models.read_all(block)
         assert first.shape == second.shape == block.shape and first.dtype == second.dtype == block.target.wide
         assert first.any() == (block.target.name == "half.weight") and second.any()
+
+
+# --- in parts, and in one pair of factors
+
+
+@pytest.mark.parametrize("method", ["linear", "ties", "dare"])
+def test_parts_of_a_merge_join_to_the_merge(family, tmp_path, method):
+    base, _, _, ckpts = family
+    inputs = [*ckpts[:2], lora(base, 1, TARGETS)]
+    weft.merge(inputs, base, method, out=tmp_path / "whole.safetensors")
+    parts = [weft.merge(inputs, base, method, out=tmp_path / f"{i}.safetensors", shard=(i, 3)) for i in (1, 2, 3)]
+    assert sum(len(each.entries) for each in parts) == len(Delta.load(tmp_path / "whole.safetensors").entries) and all(each.entries for each in parts)
+    weft.merging.join([tmp_path / f"{i}.safetensors" for i in (3, 1, 2)], tmp_path / "joined.safetensors")
+    assert (tmp_path / "joined.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+def test_what_is_not_all_the_parts_of_one_merge(family, tmp_path):
+    base, _, _, ckpts = family
+    parts = [weft.merge(ckpts, base, shard=(i, 3)) for i in (1, 2, 3)]
+    other = weft.merge(ckpts, base, shard=(3, 3), scale=0.5)
+    with pytest.raises(MismatchError, match="part 2 of 3 is missing"):
+        weft.merging.join([parts[0], parts[2]])
+    with pytest.raises(MismatchError, match="part 1 of 3 is given twice\n.*part 3 of 3 is missing"):
+        weft.merging.join([parts[0], parts[1], parts[0]])
+    with pytest.raises(MismatchError, match="differ in recipe"):
+        weft.merging.join([*parts[:2], other])
+    with pytest.raises(MismatchError, match="is no part of a merge"):
+        weft.merging.join([*parts, weft.merge(ckpts, base)])
+    with pytest.raises(UsageError, match="got 4/3"):
+        weft.merge(ckpts, base, shard=(4, 3))
+    with pytest.raises(UsageError, match="a part of a merge is a delta"):
+        weft.merge(ckpts, base, shard=(1, 3), into=tmp_path / "into")
+
+
+def test_twenty_loras_become_one_pair_of_factors(family, tmp_path):
+    base, start, _, ckpts = family
+    deltas = [lora(base, seed, TARGETS, rank=2) for seed in range(20)]
+    weights = [1 / 20] * 20
+    plain, merged = weft.merge(deltas, method="linear"), weft.merge(deltas, method="linear", rank=3, out=tmp_path / "merged.safetensors")
+    for name, shape in TARGETS.items():
+        (op,) = merged.entries[name].ops
+        assert op.op == "lowrank" and merged.tensors[op.t["A"].key].shape == (3, shape[1])
+        dense = sum(w * product(delta, name) for w, delta in zip(weights, deltas, strict=True))
+        u, s, vt = np.linalg.svd(dense)
+        best = (u[:, :3] * s[:3]) @ vt[:3]
+        np.testing.assert_allclose(product(merged, name), best, atol=1e-5)
+        np.testing.assert_allclose(plain.apply(name, np.zeros(shape)), dense, atol=1e-5)
+    assert weft.merge(deltas, method="linear", energy=1.0).tensors["embed.weight//0.A"].shape == (6, 6)  # all of it: no more than the matrix's own rank
+    assert merged.id != plain.id and merged.recipe["rank"] == 3
+    mixed = weft.merge([*deltas, ckpts[0]], base, rank=3)  # what a checkpoint changes too is dense
+    assert {entry.ops[0].op for entry in mixed.entries.values()} == {"dense"}
+    with pytest.raises(UsageError, match="energy in"):
+        weft.merge(deltas, energy=1.5)

@@ -28,17 +28,22 @@ def key(seed: int, stream: int) -> int:
     return splitmix((splitmix((seed + 0x9E3779B97F4A7C15) & _64) + stream * 0x9E3779B97F4A7C15) & _64)
 
 
-def uniform(seed: int, name: str, model: int, place: int) -> float:
+def sixteen_bits(seed: int, name: str, model: int, place: int) -> int:
     word = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-    word = (key(key(seed, word), model) + (place + 1) * 0x9E3779B97F4A7C15) & _64
-    return (splitmix(word) >> 11) / 2**53
+    word = (key(key(seed, word), model) + (place // 4 + 1) * 0x9E3779B97F4A7C15) & _64
+    return (splitmix(word) >> 16 * (place % 4)) & 0xFFFF
+
+
+def rate(drop: float) -> float:
+    """The rate that is used."""
+    return round(drop * 65536) / 65536
 
 
 def slow_masked(taus: list[Values], drop: float, seed: int = 0) -> list[Values]:
     """m_i tau_i, entry by entry."""
     out = []
     for model, tau in enumerate(taus):
-        kept = {name: [uniform(seed, name, model, place) >= drop for place in range(t.size)] for name, t in tau.items()}
+        kept = {name: [sixteen_bits(seed, name, model, place) >= 65536 * rate(drop) for place in range(t.size)] for name, t in tau.items()}
         out.append({name: np.asarray(np.where(np.array(kept[name]).reshape(t.shape), t, 0), t.dtype) for name, t in tau.items()})
     return out
 
@@ -51,7 +56,7 @@ def slow_masked(taus: list[Values], drop: float, seed: int = 0) -> list[Values]:
 def test_dare_is_the_slow_reference(family, params, weights):  # noqa: F811
     base, start, tuned, ckpts = family
     p, scale = params.get("drop", 0.2), params.get("scale", 1.0)
-    want = slow_sum(slow_masked(taus_of(start, tuned), p, params.get("seed", 0)), [scale / (1 - p) * w for w in weights or [1.0] * 3])
+    want = slow_sum(slow_masked(taus_of(start, tuned), p, params.get("seed", 0)), [scale / (1 - rate(p)) * w for w in weights or [1.0] * 3])
     for threads, block in ((1, 10**6), (2, 1), (3, 17)):
         same(values_of(weft.merge(ckpts, base, "dare", weights, threads=threads, block=block, **params)), want)
 
@@ -60,7 +65,7 @@ def test_dare_is_the_slow_reference(family, params, weights):  # noqa: F811
 def test_signs_are_resolved_as_ties_does(family, signs):  # noqa: F811
     base, start, tuned, ckpts = family
     masked = slow_masked(taus_of(start, tuned), 0.6, 3)
-    want = slow_ties(masked, density=1.0, elect=signs, scale=1.3 / (1 - 0.6), weights=[0.5, 2.0, -1.0])
+    want = slow_ties(masked, density=1.0, elect=signs, scale=1.3 / (1 - rate(0.6)), weights=[0.5, 2.0, -1.0])
     for threads, block in ((1, 10**6), (2, 5)):
         same(values_of(weft.merge(ckpts, base, "dare", [0.5, 2.0, -1.0], drop=0.6, scale=1.3, seed=3, signs=signs, threads=threads, block=block)), want)
     assert any((want[name] != slow_sum(masked, [1.0] * 3)[name]).any() for name in want)
@@ -134,7 +139,7 @@ def test_share_and_size_of_what_is_kept(flat, drop):
     got = values_of(weft.merge([delta], method="dare", drop=drop))
     kept = np.concatenate([(values != 0).reshape(-1) for values in got.values()])
     assert abs(kept.mean() - (1 - drop)) < 5 * np.sqrt(drop * (1 - drop) / kept.size)
-    assert {float(v) for values in got.values() for v in np.unique(values)} == {0.0, float(np.float32(1 / (1 - drop)))}
+    assert {float(v) for values in got.values() for v in np.unique(values)} == {0.0, float(np.float32(1 / (1 - rate(drop))))}
 
 
 def test_unbiased_over_seeds(family):  # noqa: F811

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from weft.engine.select import kth_largest_magnitude, kth_largest_of_streams
+from weft.engine import select
+from weft.engine.select import kth_largest_magnitude, kth_largest_of_streams, largest_magnitudes
 from weft.errors import InputError, UsageError
 
 FLOATS = st.floats(width=32, allow_nan=False)
@@ -117,3 +118,57 @@ def test_streams_refuse_what_has_no_order():
     passes = iter([x, x + 1])
     with pytest.raises(InputError, match="changed between two passes"):
         kth_largest_of_streams(lambda: [(0, next(passes))], [[1]])
+
+
+# --- the one with a sample
+
+
+def over(blocks: list[np.ndarray], calls: list[int] | None = None):
+    def each(function, every):
+        if calls is not None:
+            calls.append(every)
+        return (function(block) for block in blocks[::every])
+
+    return each
+
+
+@given(hnp.arrays(np.float32, st.integers(1, 300), elements=FLOATS | AWKWARD), st.data())
+def test_with_a_sample_it_is_what_sorting_gives(x, data):
+    """A tiny limit makes three hundred entries long; the sample is the first, sixteenth, ... of tiny blocks, and often misleads."""
+    ranks = data.draw(st.lists(st.integers(1, x.size), min_size=1, max_size=3))
+    blocks = np.split(x, range(0, x.size, data.draw(st.integers(1, 40))))
+    before, select._SAMPLE = select._SAMPLE, data.draw(st.sampled_from([16, 1 << 20]))
+    try:
+        got = largest_magnitudes(over(blocks), ranks, x.size)
+    finally:
+        select._SAMPLE = before
+    for k, found in zip(ranks, got, strict=True):
+        value, above, ties = reference(x, k)
+        assert (found.value.tobytes(), found.above, found.ties) == (value.tobytes(), above, ties)
+
+
+@pytest.mark.parametrize("kind", ["smooth", "coarse", "misleading"])
+def test_how_often_the_stream_is_read(kind):
+    rng = np.random.default_rng(4)
+    x = rng.standard_normal(3 << 20).astype(np.float32)
+    if kind == "coarse":
+        x = np.round(x)  # a few values, each many times
+    blocks = np.split(x, range(1 << 12, x.size, 1 << 12))
+    if kind == "misleading":
+        for block in blocks[::16]:
+            block *= 1e-3
+    x, calls = np.concatenate(blocks), []
+    ranks = [x.size // 100, x.size // 5, x.size]
+    for k, found in zip(ranks, largest_magnitudes(over(blocks, calls), ranks, x.size), strict=True):
+        assert found == tuple(reference(x, k))
+    assert calls[:2] == [16, 1] and (len(calls) == 2) == (kind != "misleading")
+
+
+def test_what_has_no_place_among_magnitudes_is_refused():
+    with pytest.raises(UsageError, match="no 4-th largest of 3"):
+        largest_magnitudes(over([np.ones(3, np.float32)]), [1, 4], 3)
+    for size in (4, 3 << 20):
+        x = np.ones(size, np.float32)
+        x[-1] = np.nan
+        with pytest.raises(InputError, match="NaN"):
+            largest_magnitudes(over(np.split(x, 4)), [2], size)

@@ -27,7 +27,7 @@ from weft.tuning.space import square_of_change
 TEXT = "who what where the a city person is name of old new river born did in on one two three four five six"
 WORDS = TEXT.split()
 SPACES = {"lora": {"rank": 2}, "bitfit": {}, "full": {}}
-OPTIMIZERS = ("adamw",)
+OPTIMIZERS = ("adamw", "adamr")
 QUICK = {"batch_size": 4, "steps": 4, "lr": 0.01, "progress": lambda event: None}
 
 

@@ -26,6 +26,8 @@ _WHERE = {
     "diff": "diffing",
     "tune": "tuning",
     "merge": "merging",
+    "compress": "compressing",
+    "port": "porting",
     "edit": "editing",
     "undo": "editing",
     "check": "checking",
@@ -41,6 +43,7 @@ __all__ = [
     "Delta",
     "attach",
     "check",
+    "compress",
     "detach",
     "diff",
     "edit",
@@ -50,6 +53,7 @@ __all__ = [
     "generate",
     "import_peft",
     "merge",
+    "port",
     "tune",
     "undo",
 ]
@@ -58,12 +62,14 @@ if TYPE_CHECKING:
     from .attaching import attach, detach
     from .base import Base
     from .checking import check, evaluate, generate
+    from .compressing import compress
     from .delta import Builder, Delta
     from .diffing import diff
     from .editing import edit, undo
     from .folding import fold
     from .interchange import export, import_peft
     from .merging import merge
+    from .porting import port
     from .tuning import tune
 
 

@@ -167,8 +167,12 @@ class Delta:
             "tied": [list(group) for group in self.tied],
             "entries": {target: entry.json() for target, entry in self.entries.items()},
         }
+        codes = {key: tensor.coding for key, tensor in self.tensors.items() if tensor.coding is not None}
+        if codes:
+            out["codes"] = codes
         if hashes:
-            out["tensors"] = {k: {"dtype": t.dtype, "shape": list(t.shape), "sha256": t.sha256} for k, t in self.tensors.items()}
+            stored = {key: tensor.storage for key, tensor in self.tensors.items()}
+            out["tensors"] = {k: {"dtype": t.dtype, "shape": list(t.shape), "sha256": t.sha256} for k, t in stored.items()}
         return out
 
     @property
@@ -181,8 +185,8 @@ class Delta:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of tensor data."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        """Bytes of tensor data, as stored."""
+        return sum(tensor.storage.nbytes for tensor in self.tensors.values())
 
     @property
     def foldable(self) -> bool:
@@ -260,6 +264,10 @@ class Delta:
             raise FormatError(f"{target}: a removed tensor takes no ops")
         if kind == "copy" and entry.base and (entry.dtype, entry.shape) != (entry.base.dtype, entry.base.shape):
             raise FormatError(f"{target}: a copy has the dtype and shape of its source")
+        try:
+            chain.require_first(entry.ops)
+        except MismatchError as error:
+            raise FormatError(f"{target}: {error.message}") from None
         for number, op in enumerate(entry.ops):
             where = f"{target}: op {number} ({op.op})"
             absent = [key for key in op.tensor_keys() if key not in self.tensors]
@@ -276,7 +284,9 @@ class Delta:
                 raise FormatError(f"{where}: {error}") from None
 
     def validate_values(self) -> None:
-        """Check the numbers that index others (sparse positions, permutations); reads only those tensors."""
+        """Check the numbers that index others (sparse positions, permutations); reads only those tensors, and where the blocks of coded ones lie."""
+        for tensor in self.tensors.values():
+            tensor.check()
         for target, entry in self.entries.items():
             for number, op in enumerate(entry.ops):
                 try:
@@ -451,7 +461,7 @@ def apart(delta: Delta, taken: Mapping[str, Tensor]) -> tuple[dict[str, Entry], 
     names, tensors = {}, {}
     for key, tensor in delta.tensors.items():
         name = key
-        while name in taken and not (key.startswith(SHARED) and taken[name].sha256 == tensor.sha256):
+        while name in taken and not (key.startswith(SHARED) and taken[name].sha256 == tensor.sha256 and taken[name].coding == tensor.coding):
             name += "'"
         names[key], tensors[name] = name, tensor
     entries = {t: replace(e, ops=tuple(op.renamed(names) for op in e.ops)) for t, e in delta.entries.items()}

@@ -22,11 +22,13 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from .delta import Builder, Delta
+from .engine.lowrank import Matrix, leading
 from .engine.stream import BLOCK, flat, in_threads, one_blas_thread, reuse_memory, row_blocks
 from .errors import MismatchError, UsageError, near
 from .ops.op import flat_shape
 from .ops.spec import Json
-from .stored import FLOATS, ITEMSIZE, Computed, Tensor
+from .stored import BLOCK as BYTES
+from .stored import FLOATS, ITEMSIZE, Computed, Tensor, numpy_dtype
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,12 +41,6 @@ MODES = ("exact", "dense", "lowrank", "sparse")
 
 _NOT_THE_MODEL = ("_name_or_path", "transformers_version")
 """Keys of config.json that say where a checkpoint came from, not what it is."""
-
-_DIRECT = 1 << 33
-"""Matrices are decomposed as a whole up to this rows x columns x smaller side: about a second each."""
-
-_EXTRA, _ROUNDS = 16, 6
-"""Oversampling and power iterations of the randomised decomposition."""
 
 
 def diff(
@@ -94,7 +90,7 @@ def diff(
     summary: dict[str, Json] = {"tensors": 0, "entries": 0}
     ranks: dict[str, Json] = {}
     kept = norm = 0.0
-    jobs = (partial(_compare, name, base.tensor(name), checkpoint.tensor(name), mode, rank, energy, tolerance, block or BLOCK) for name in both)
+    jobs = (partial(_compare, name, base.tensor(name), checkpoint.tensor(name), mode, rank, energy, tolerance, block or BLOCK, threads) for name in both)
     with one_blas_thread(), closing(in_threads(jobs, threads)) as results:
         for name, found in zip(both, results, strict=True):
             if found is not None:
@@ -206,23 +202,25 @@ class _Change:
     kept: float = 0.0
 
 
-def _compare(name: str, old: Tensor, new: Tensor, mode: str, rank: int | None, energy: float | None, tolerance: float, block: int) -> _Change | None:
+def _compare(
+    name: str, old: Tensor, new: Tensor, mode: str, rank: int | None, energy: float | None, tolerance: float, block: int, threads: int
+) -> _Change | None:
     if (old.dtype, old.shape) != (new.dtype, new.shape):
         return _Change(None, {}, prod(new.shape))
     if mode == "exact" or old.dtype not in FLOATS:
         return _exact(old, new, block)
-    increments = _Increments(name, flat(old), flat(new), block)
+    increments = _Increments(name, flat(old), flat(new), block, old.shape)
     changed = sum(int(part.size) for part, _ in increments.entries(tolerance))
     if not changed:
         return None
     code = "F64" if old.dtype == "F64" else "F32"
     if mode == "sparse":
         return _Change("sparse", _picked(partial(increments.entries, tolerance), old, code, changed), changed)
-    if mode == "lowrank" and len(old.shape) > 1 and (found := _factors(_Matrix(increments, flat_shape(old.shape)), rank, energy)) is not None:
-        a, b, kept, norm = found
-        return _Change("lowrank", {"A": a, "B": b}, changed, norm, kept)
-    values = Computed(code, old.shape, lambda: (part.tobytes() for part in increments.blocks()))
     norm = increments.norm() if mode == "lowrank" else 0.0
+    if mode == "lowrank" and len(old.shape) > 1 and (found := leading(increments.matrix(), norm, rank, energy)) is not None:
+        dtype = numpy_dtype(code)
+        return _Change("lowrank", {"A": found.a.astype(dtype), "B": found.b.astype(dtype)}, changed, norm, found.captured)
+    values = _Dense(code, old.shape, increments, threads)
     return _Change("dense", {"values": values}, changed, norm, norm)
 
 
@@ -253,13 +251,36 @@ def _index_code(tensor: Tensor) -> str:
 
 def _picked(entries: Callable[[], Iterator[tuple[Array, Array]]], old: Tensor, code: str, count: int) -> dict[str, Tensor]:
     """The fields `index` and `values` of a sparse op."""
-    from .stored import numpy_dtype
-
     wide = numpy_dtype(_index_code(old))
     return {
         "index": Computed(_index_code(old), (count,), lambda: (index.astype(wide).tobytes() for index, _ in entries())),
         "values": Computed(code, (count,), lambda: (values.tobytes() for _, values in entries())),
     }
+
+
+@dataclass(frozen=True, eq=False)
+class _Dense(Tensor):
+    """An increment, computed whenever it is read."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    increments: _Increments
+    threads: int
+
+    def blocks(self, size: int = BYTES) -> Iterator[bytes | memoryview]:
+        import numpy as np
+
+        for part in self.increments.ahead(self.threads):
+            raw = part.view(np.uint8)
+            for start in range(0, raw.size, size):
+                yield raw[start : start + size].data
+
+    def rows(self, lo: int, hi: int) -> Array:
+        step = prod(self.shape[1:])
+        return self.increments.part(lo * step, hi * step).reshape(hi - lo, *self.shape[1:])
+
+    def read(self) -> Array:
+        return self.increments.part(0, prod(self.shape)).reshape(self.shape)
 
 
 @dataclass
@@ -270,6 +291,7 @@ class _Increments:
     old: Tensor
     new: Tensor
     block: int
+    shape: tuple[int, ...]
 
     def part(self, lo: int, hi: int) -> Array:
         import numpy as np
@@ -278,9 +300,10 @@ class _Increments:
 
         old, new = self.old.rows(lo, hi), self.new.rows(lo, hi)
         bits, wide = f"u{ITEMSIZE[self.old.dtype]}", "float64" if self.old.dtype == "F64" else "float32"
-        same = old.view(bits) == new.view(bits)
         with np.errstate(all="ignore"):
-            out: Array = np.where(same, 0, xp.cast(new, wide) - xp.cast(old, wide)).astype(wide, copy=False)
+            out: Array = xp.cast(new, wide) - xp.cast(old, wide)
+        if not np.isfinite(out).all():  # only there do equal bits not give 0
+            out = np.where(old.view(bits) == new.view(bits), out.dtype.type(0), out)
         if not np.isfinite(out).all():
             at = lo + int(np.flatnonzero(~np.isfinite(out))[0])
             raise MismatchError(
@@ -292,6 +315,15 @@ class _Increments:
     def blocks(self) -> Iterator[Array]:
         for lo, hi in row_blocks(self.old.shape, self.block):
             yield self.part(lo, hi)
+
+    def ahead(self, threads: int) -> Iterator[Array]:
+        """The same blocks, computed ahead in threads."""
+        return in_threads((partial(self.part, lo, hi) for lo, hi in row_blocks(self.old.shape, self.block)), threads)
+
+    def matrix(self) -> Matrix:
+        """The increment as a matrix."""
+        rows, columns = flat_shape(self.shape)
+        return Matrix((rows, columns), lambda lo, hi: self.part(lo * columns, hi * columns))
 
     def norm(self) -> float:
         """The squared norm, summed over blocks of a fixed size."""
@@ -307,88 +339,3 @@ class _Increments:
             index = np.flatnonzero(abs(part) > tolerance)
             yield index + start, part[index]
             start += part.size
-
-
-# --- the leading part of a matrix
-
-
-@dataclass
-class _Matrix:
-    """An increment as a matrix of float64, read in blocks of rows of a fixed size (sums over blocks are part of the result)."""
-
-    increments: _Increments
-    shape: tuple[int, int]
-
-    def blocks(self) -> Iterator[tuple[int, int, Array]]:
-        columns = self.shape[1]
-        for lo, hi in row_blocks(self.shape, 1 << 20):
-            yield lo, hi, self.increments.part(lo * columns, hi * columns).reshape(hi - lo, columns).astype("float64")
-
-    def times(self, x: Array) -> Array:
-        """D x."""
-        import numpy as np
-
-        out = np.empty((self.shape[0], x.shape[1]))
-        for lo, hi, part in self.blocks():
-            out[lo:hi] = part @ x
-        return out
-
-    def transposed_times(self, x: Array) -> Array:
-        """D^T x."""
-        import numpy as np
-
-        out = np.zeros((self.shape[1], x.shape[1]))
-        for lo, hi, part in self.blocks():
-            out += part.T @ x[lo:hi]
-        return out
-
-
-def _factors(matrix: _Matrix, rank: int | None, energy: float | None) -> tuple[Array, Array, float, float] | None:
-    """A (r x columns) and B (rows x r) with B A near the matrix, the squared norms of B A and of the matrix; None where
-    the whole matrix takes no more room."""
-    import numpy as np
-
-    rows, columns = matrix.shape
-    small = min(rows, columns)
-    norm = matrix.increments.norm()
-    width = small if rows * columns * small <= _DIRECT else min(small, (rank or 16) + _EXTRA)
-    while True:
-        u, s, vt = _leading(matrix, width)
-        s = s[s > s[0] * np.finfo(np.float64).eps * max(rows, columns)]  # the others are rounding
-        captured = np.cumsum(s * s)
-        if energy is None:
-            count = min(rank or small, s.size)
-            break
-        enough = captured >= energy * norm * (1 - 1e-12)
-        if enough.any() or width == small:
-            count = int(enough.argmax()) + 1 if enough.any() else s.size
-            break
-        if width * (rows + columns) >= rows * columns:
-            return None
-        width = min(small, 2 * width)
-    if count * (rows + columns) >= rows * columns:
-        return None
-    root = np.sqrt(s[:count])
-    signs = np.sign(vt[np.arange(count), abs(vt[:count]).argmax(1)])
-    dtype = np.float64 if matrix.increments.old.dtype == "F64" else np.float32
-    a, b = (vt[:count] * (signs * root)[:, None]).astype(dtype), (u[:, :count] * (signs * root)).astype(dtype)
-    return a, b, float(captured[count - 1]), norm
-
-
-def _leading(matrix: _Matrix, width: int) -> tuple[Array, Array, Array]:
-    """The `width` leading singular triplets: LAPACK's where that is all of them, else by randomised subspace iteration
-    (Halko, Martinsson and Tropp 2011, arXiv 0909.4061) from a fixed start."""
-    import numpy as np
-
-    from . import xp
-
-    rows, columns = matrix.shape
-    if width == min(rows, columns):
-        u, s, vt = np.linalg.svd(np.concatenate([part for _, _, part in matrix.blocks()]), full_matrices=False)
-        return u, s, vt
-    start = xp.normals(np.zeros(0), xp.key(0), 0, columns * width).reshape(columns, width).astype(np.float64)
-    basis = np.linalg.qr(matrix.times(start))[0]
-    for _ in range(_ROUNDS):
-        basis = np.linalg.qr(matrix.times(np.linalg.qr(matrix.transposed_times(basis))[0]))[0]
-    u, s, vt = np.linalg.svd(matrix.transposed_times(basis).T, full_matrices=False)
-    return basis @ u, s, vt

@@ -14,7 +14,7 @@ from . import canon
 from ._write import atomic_file
 from .delta import FORMAT, Delta, Entry, _hash
 from .errors import FormatError, InputError
-from .ops.spec import Json, _fields
+from .ops.spec import Json, _fields, _text, sizes
 from .stored import ITEMSIZE, Stored, Tensor, read_container, strict_json
 
 KEY = "weft"
@@ -44,24 +44,32 @@ def _sha256(value: Json) -> str:
     return hashlib.sha256(canon.dumps(value)).hexdigest()
 
 
+def require_name(path: Path) -> None:
+    """InputError for a name that `write` would refuse: to ask before the work that leads there."""
+    if path.suffix != ".safetensors":
+        raise InputError(f"{path}: a delta is one .safetensors file", hint=f"name it {path.with_suffix('.safetensors')}")
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {path}: the folder {path.parent} does not exist", hint=f"mkdir -p {path.parent}")
+
+
 def write(path: str | Path, delta: Delta) -> str:
     """Write a delta atomically; return its id. Tensors are streamed and hashed on the way, never all in memory.
 
     The same delta gives the same bytes, whatever the number of threads or the order in which it was built.
     """
     path = Path(path)
-    if path.suffix != ".safetensors":
-        raise InputError(f"{path}: a delta is one .safetensors file", hint=f"name it {path.with_suffix('.safetensors')}")
+    require_name(path)
     delta.validate()
-    order = _order(delta.tensors)
+    stored = {key: tensor.storage for key, tensor in delta.tensors.items()}
+    order = _order(stored)
     try:
         parts = {name: canon.encoded(value) for name, value in delta.manifest(hashes=False).items()}  # put into words once, used four times
         notes = canon.encoded(dict(delta.notes))
-        listed = {key: {"dtype": tensor.dtype, "shape": list(tensor.shape), "sha256": _PENDING} for key, tensor in delta.tensors.items()}
+        listed = {key: {"dtype": tensor.dtype, "shape": list(tensor.shape), "sha256": _PENDING} for key, tensor in stored.items()}
 
         def head(id: str) -> bytes:
             full = {**parts, "tensors": listed, "id": id, "notes": notes, "notes_sha256": _sha256(notes)}
-            return container_header(delta.tensors, order, {KEY: canon.dumps(full).decode()})
+            return container_header(stored, order, {KEY: canon.dumps(full).decode()})
 
         draft = head(_PENDING)
     except ValueError as error:
@@ -70,12 +78,12 @@ def write(path: str | Path, delta: Delta) -> str:
         out.write(draft)
         for key in order:
             digest, count = hashlib.sha256(), 0
-            for block in delta.tensors[key].blocks():
+            for block in stored[key].blocks():
                 digest.update(block)
                 out.write(block)
                 count += len(block)
-            if count != delta.tensors[key].nbytes:
-                raise InputError(f"{path}: tensor {key!r} gave {count:,} bytes, its shape needs {delta.tensors[key].nbytes:,}")
+            if count != stored[key].nbytes:
+                raise InputError(f"{path}: tensor {key!r} gave {count:,} bytes, its shape needs {stored[key].nbytes:,}")
             listed[key]["sha256"] = digest.hexdigest()
         id = _sha256({**parts, "tensors": listed})
         out.seek(0)
@@ -130,7 +138,7 @@ def read(path: str | Path, *, values: bool = True) -> Delta:
 
 
 def _parse(path: Path, manifest: Json, tensors: dict[str, Stored]) -> tuple[Delta, str]:
-    m = _fields(manifest, "manifest", _FIELDS, set())
+    m = _fields(manifest, "manifest", _FIELDS, {"codes"})
     if m["format"] != FORMAT or type(m["format"]) is not int:
         raise FormatError(f"format {str(m['format'])[:20]} is not known to this version (it reads {FORMAT})", hint="pip install -U weft")
     listed = m["tensors"]
@@ -144,6 +152,8 @@ def _parse(path: Path, manifest: Json, tensors: dict[str, Stored]) -> tuple[Delt
             raise FormatError(f"tensor {key!r}: the manifest says {info['dtype']} {info['shape']}, the file {tensors[key].dtype} {list(tensors[key].shape)}")
         _hash(info["sha256"], f"tensor {key!r}")
         known[key] = tensors[key]
+    if "codes" in m:
+        known |= _coded(path, m["codes"], tensors)
     base = _fields(m["base"], "base", {"fingerprint"}, {"quantisation"})
     if not isinstance(base.get("quantisation", {}), dict):
         raise FormatError("base: quantisation must be an object")
@@ -167,6 +177,24 @@ def _parse(path: Path, manifest: Json, tensors: dict[str, Stored]) -> tuple[Delt
     if _sha256(m["notes"]) != _hash(m["notes_sha256"], "notes_sha256"):
         raise FormatError("the notes were changed after they were written")
     return delta, _hash(m["id"], "id")
+
+
+def _coded(path: Path, codes: Json, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that are stored coded."""
+    from .codes import Coded
+
+    if not isinstance(codes, dict) or not codes:
+        raise FormatError("codes must be an object that is not empty; without coded tensors it is left out")
+    found: dict[str, Tensor] = {}
+    for key, info in codes.items():
+        where = f"tensor {key!r}"
+        info = _fields(info, f"{where}, codes", {"code", "cfg", "dtype", "shape"}, set())
+        if key not in tensors:
+            raise FormatError(f"{where} has a code, but is not there")
+        if not isinstance(info["cfg"], dict) or not isinstance(info["dtype"], str):
+            raise FormatError(f"{where}, codes: cfg must be an object, dtype a dtype code")
+        found[key] = Coded(info["dtype"], sizes(info["shape"], where), _text(info["code"], where), info["cfg"], tensors[key], f"{path}: {where}")
+    return found
 
 
 def _ids(value: Json, where: str) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from math import isfinite, prod, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import _fused
 from ._write import atomic_file, atomic_folder
 from .base import INDEX, PICKLES, WEIGHTS, merge_patch
 from .delta import Delta, Entry
@@ -29,7 +30,7 @@ from .errors import FormatError, InputError, MismatchError, UsageError, WeftErro
 from .file import _order, container_header
 from .ops import OpEntry, chain
 from .ops import get as op_named
-from .stored import FLOATS, ITEMSIZE, Stored, Tensor, numpy_dtype, read_container
+from .stored import FLOATS, ITEMSIZE, Relative, Stored, Tensor, numpy_dtype, read_container
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,6 +42,9 @@ _STALE = (".safetensors", ".index.json", *PICKLES, ".h5", ".msgpack", ".ot", ".o
 
 _PIECE = 16
 """Blocks in one job: enough to read what all of them share once, few enough that threads end together."""
+
+_TOGETHER = 256
+"""The most tensors in one job."""
 
 _COPY = 64 << 20
 """Bytes copied in one job."""
@@ -150,12 +154,27 @@ def fold(
     MismatchError if a delta does not belong to this base, was made over a delta that does not come before it, has ops
     that exist only at run time, contradicts another one, or if nothing changes; WeftError if the disk is too small.
     """
-    out = Path(out)
     if threads < 1 or (block is not None and block < 1):
         raise UsageError(f"threads and block must be at least 1, got {threads} and {block}")
     if base.path is None:
         raise InputError(f"{base.source} is known only as a live module; fold reads the base's files", hint="open its checkpoint: Base.open(PATH)")
     ids = _check(base, deltas)
+    report = folded(base, deltas, out, threads=threads, block=block, allow_noop=allow_noop, progress=progress)
+    return replace(report, base=base.fingerprint, deltas=ids)
+
+
+def folded(
+    base: Base,
+    deltas: Sequence[Delta],
+    out: str | Path,
+    *,
+    threads: int = 1,
+    block: int | None = None,
+    allow_noop: bool = False,
+    progress: Progress | None = None,
+) -> FoldReport:
+    """`fold` of deltas that are known to fit (a merge on its way into a checkpoint): nobody is asked for a hash, and the report names none."""
+    out = Path(out)
     entries, tensors = combined(base, deltas)
     shards = _plan(base, entries)
     work = _Work(tensors, block or BLOCK, threads, progress, sum(item.nbytes for shard in shards for item in shard.items))
@@ -167,7 +186,7 @@ def fold(
         with atomic_file(out) as handle:
             _require_space(out, shards[0].size)
             found = work.run(shards, [handle.fileno()])
-            report = _report(out, base, ids, entries, found, work.total, False, allow_noop)
+            report = _report(out, base, entries, found, work.total, False, allow_noop)
     else:
         with atomic_folder(out) as folder, ExitStack() as stack:
             others = list(_others(base))
@@ -177,7 +196,7 @@ def fold(
                 fds.append(os.open(folder / shard.file.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
                 stack.callback(os.close, fds[-1])
             found = work.run(shards, fds)
-            report = _report(out, base, ids, entries, found, work.total, config != base.config, allow_noop)
+            report = _report(out, base, entries, found, work.total, config != base.config, allow_noop)
             for path, name in others:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, folder / name)
@@ -359,6 +378,22 @@ class _Found:
     moved: float = 0.0
     norm: float = 0.0
 
+    def add(self, changed: int, moved: float, norm: float) -> None:
+        self.changed += changed
+        self.moved += moved
+        self.norm += norm
+
+
+_Part = tuple[int, str, _Found]
+"""Bytes written, the tensor's name and what was found in it."""
+
+_Result = tuple[int, list[tuple[str, _Found]]]
+
+
+def _together(pieces: Sequence[Callable[[], _Part]]) -> _Result:
+    parts = [piece() for piece in pieces]
+    return sum(part[0] for part in parts), [(name, found) for _, name, found in parts]
+
 
 @dataclass
 class _Work:
@@ -379,44 +414,76 @@ class _Work:
         found: dict[str, _Found] = {}
         done = 0
         with one_blas_thread(), closing(in_threads(self._jobs(shards, fds), self.threads)) as results:
-            for nbytes, name, part in results:
-                if part is not None:
-                    so_far = found.setdefault(name, _Found())
-                    so_far.changed += part.changed
-                    so_far.moved += part.moved
-                    so_far.norm += part.norm
+            for nbytes, parts in results:
+                for name, part in parts:
+                    found.setdefault(name, _Found()).add(part.changed, part.moved, part.norm)
                 done += nbytes
                 if self.progress is not None:
                     self.progress(done, self.total)
         return found
 
-    def _jobs(self, shards: Sequence[_Shard], fds: Sequence[int]) -> Iterator[Callable[[], tuple[int, str, _Found | None]]]:
+    def _jobs(self, shards: Sequence[_Shard], fds: Sequence[int]) -> Iterator[Callable[[], _Result]]:
+        """All that is to be done, in pieces of some size each: many tiny tensors make one job."""
         for shard, fd in zip(shards, fds, strict=True):
             for source, position, offset, count in _copies(shard.items):
                 for start in range(0, count, _COPY):
                     yield partial(_copy, source, position + start, fd, offset + start, min(_COPY, count - start))
+            held: list[Callable[[], _Part]] = []
+            size = 0
             for item in shard.items:
                 if item.ops and item.nbytes:
-                    yield from self._pieces(item, fd)
+                    for entries, piece in self._pieces(item, fd):
+                        held.append(piece)
+                        size += entries
+                        if size >= _PIECE * self.block or len(held) >= _TOGETHER:
+                            yield partial(_together, held)
+                            held, size = [], 0
+            if held:
+                yield partial(_together, held)
 
-    def _pieces(self, item: _Item, fd: int) -> Iterator[Callable[[], tuple[int, str, _Found | None]]]:
-        if not chain.streams(item.shape, item.ops):
-            yield partial(self._whole, item, fd)
+    def _pieces(self, item: _Item, fd: int) -> Iterator[tuple[int, Callable[[], _Part]]]:
+        if not chain.streams(item.shape, item.ops) or not item.shape:
+            yield prod(item.shape), partial(self._whole, item, fd)
+            return
+        values = self._increment(item)
+        if values is not None:
+            for lo, hi in row_blocks(item.shape, _PIECE * self.block):
+                yield (hi - lo) * prod(item.shape[1:]), partial(self._added, item, values, fd, lo, hi)
             return
         walked = [op for entry in item.ops for op in entry.walk()]
         raw = {key for op in walked if op.op != chain.SUM and op_named(op.op).raw for key in op.tensor_keys()}
         floats = {key for op in walked for key in op.tensor_keys() if self.tensors[key].dtype in FLOATS} - raw
         fields = Fields(self.tensors, floats if item.dtype != "F64" else ())
         for lo, hi in row_blocks(item.shape, _PIECE * self.block):
-            yield partial(self._rows, item, fields, fd, lo, hi)
+            yield (hi - lo) * prod(item.shape[1:]), partial(self._rows, item, fields, fd, lo, hi)
 
-    def _whole(self, item: _Item, fd: int) -> tuple[int, str, _Found | None]:
+    def _increment(self, item: _Item) -> Tensor | None:
+        """The float32 increment, where that and nothing else is what happens to a tensor in place."""
+        if len(item.ops) == 1 and item.ops[0].op == "dense" and not item.ops[0].cfg and item.source is not None and item.dtype != "F64":
+            values = self.tensors[item.ops[0].t["values"].key]
+            return values if values.dtype == "F32" else None
+        return None
+
+    def _added(self, item: _Item, values: Tensor, fd: int, lo: int, hi: int) -> _Part:
+        """base + increment on some rows: the same as `_rows`, which does it for any ops."""
+        assert item.source is not None
+        found = _Found()
+        row = prod(item.shape[1:]) * ITEMSIZE[item.dtype]
+        for start, stop in row_blocks(item.shape, self.block, lo, hi):
+            old = item.source.rows(start, stop)
+            by = values.beside(start, stop, old) if isinstance(values, Relative) else values.rows(start, stop)
+            part = _fused.settled(old, by)
+            _write_all(fd, _raw(part.new), item.offset + start * row)
+            found.add(part.changed if item.change is None else part.new.size, part.moved, part.norm)
+        return (hi - lo) * row, item.name, found
+
+    def _whole(self, item: _Item, fd: int) -> _Part:
         old = item.source.read() if item.source is not None else _zeros(item.dtype, item.shape)
         new = _rewrite(item.name, old, item.ops, lambda key: self.tensors[key].read())
         _write_all(fd, _raw(new), item.offset)
         return item.nbytes, item.name, _compare(item, old, new)
 
-    def _rows(self, item: _Item, fields: Fields, fd: int, lo: int, hi: int) -> tuple[int, str, _Found | None]:
+    def _rows(self, item: _Item, fields: Fields, fd: int, lo: int, hi: int) -> _Part:
         found = _Found()
         row = prod(item.shape[1:])
         for start, stop in row_blocks(item.shape, self.block, lo, hi):
@@ -425,9 +492,7 @@ class _Work:
             new = _rewrite(item.name, old, rows.ops, rows.get)
             _write_all(fd, _raw(new), item.offset + start * row * ITEMSIZE[item.dtype])
             part = _compare(item, old, new)
-            found.changed += part.changed
-            found.moved += part.moved
-            found.norm += part.norm
+            found.add(part.changed, part.moved, part.norm)
         return (hi - lo) * row * ITEMSIZE[item.dtype], item.name, found
 
 
@@ -450,26 +515,13 @@ def _raw(x: Any) -> Any:
     return np.ascontiguousarray(x).reshape(-1).view(np.uint8)
 
 
-_CHUNK = 1 << 15
-
-
 def _compare(item: _Item, old: Any, new: Any) -> _Found:
-    """Counts and sums of squares of one block, in pieces that stay in cache."""
-    import numpy as np
-
+    """What was found in one block."""
     if item.change is not None:
         return _Found(new.size)
-    bits = f"u{ITEMSIZE[item.dtype]}"
-    old, new = np.ascontiguousarray(old).reshape(-1), np.ascontiguousarray(new).reshape(-1)
-    found = _Found(int(np.count_nonzero(old.view(bits) != new.view(bits))))
     if item.dtype in FLOATS:
-        with np.errstate(all="ignore"):
-            for start in range(0, old.size, _CHUNK):
-                before, after = (x[start : start + _CHUNK].astype(np.float64) for x in (old, new))
-                after -= before
-                found.norm += float(before @ before)
-                found.moved += float(after @ after)
-    return found
+        return _Found(*_fused.compared(old, new))
+    return _Found(int((old.view(f"u{old.itemsize}") != new.view(f"u{old.itemsize}")).sum()))
 
 
 def _write_all(fd: int, data: Any, offset: int) -> None:
@@ -496,7 +548,7 @@ def _copies(items: Sequence[_Item]) -> Iterator[tuple[Stored, int, int, int]]:
         yield run
 
 
-def _copy(source: Stored, position: int, fd: int, offset: int, count: int) -> tuple[int, str, _Found | None]:
+def _copy(source: Stored, position: int, fd: int, offset: int, count: int) -> _Result:
     """Copy bytes from the file of `source`, inside the kernel where it can."""
     left = count
     with open(source.path, "rb", buffering=0) as handle:
@@ -515,7 +567,7 @@ def _copy(source: Stored, position: int, fd: int, offset: int, count: int) -> tu
             _write_all(fd, data, offset)
             position, offset, left = position + len(data), offset + len(data), left - len(data)
         source.require_same(handle.fileno())
-    return count, "", None
+    return count, []
 
 
 # --- the rest of the folder, and the report
@@ -552,7 +604,7 @@ def _write_index(base: Base, shards: Sequence[_Shard], folder: Path) -> None:
 
 
 def _report(
-    out: Path, base: Base, ids: tuple[str, ...], entries: Mapping[str, Entry], found: Mapping[str, _Found], nbytes: int, config_changed: bool, allow_noop: bool
+    out: Path, base: Base, entries: Mapping[str, Entry], found: Mapping[str, _Found], nbytes: int, config_changed: bool, allow_noop: bool
 ) -> FoldReport:
     tensors: dict[str, Changed] = {}
     for name in sorted(entries):
@@ -565,7 +617,7 @@ def _report(
             tensors[name] = Changed(prod(entry.shape), counts.changed, sqrt(counts.norm), sqrt(counts.moved))
         else:
             tensors[name] = Changed(prod(entry.shape), counts.changed)
-    report = FoldReport(out, base.fingerprint, ids, nbytes, tensors, config_changed)
+    report = FoldReport(out, None, (), nbytes, tensors, config_changed)
     if not allow_noop and not config_changed and not report.changed and not any(t.change for t in tensors.values()):
         what = f"all {len(tensors)} changes are below the resolution of their dtypes" if tensors else "the deltas have no entries"
         raise MismatchError(f"folding into {base.source} changes nothing: {what}", hint="check the deltas' scale, or allow it: --allow-noop")

@@ -94,6 +94,19 @@ class Tensor:
     def nbytes(self) -> int:
         return prod(self.shape) * ITEMSIZE[self.dtype]
 
+    @property
+    def storage(self) -> Tensor:
+        """What a delta file holds of it: the tensor itself; of a coded one (`weft.codes`) its payload."""
+        return self
+
+    @property
+    def coding(self) -> dict[str, Any] | None:
+        """How to decode `storage`, as the manifest says it; None for a tensor that is stored as it is."""
+        return None
+
+    def check(self) -> None:
+        """FormatError where it can be told without its numbers that they are not all there."""
+
     def blocks(self, size: int = BLOCK) -> Iterator[bytes | memoryview]:
         """The raw little-endian bytes, in order, in blocks of at most `size` bytes."""
         raise NotImplementedError
@@ -232,6 +245,14 @@ class Computed(Tensor):
 
     def rows(self, lo: int, hi: int) -> np.ndarray[Any, Any]:
         return self.read()[lo:hi]
+
+
+class Relative(Tensor):
+    """A tensor of increments that are made of the base's values: whoever has read those may hand them over."""
+
+    def beside(self, lo: int, hi: int, old: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """`rows(lo, hi)` (of a scalar: all of it), `old` being the base's stored values there."""
+        raise NotImplementedError
 
 
 def hold(value: Any) -> Tensor:

@@ -152,11 +152,11 @@ def narrow(x: Array, like: Array) -> Array:
 
 
 def integers(x: Array) -> Array:
-    """The bits of x (float32 or float64) as integers of the same size."""
+    """The bits of x (any dtype) as signed integers of the same size."""
     if is_torch(x):
         import torch
 
-        return x.view(torch.int64 if x.dtype == torch.float64 else torch.int32)
+        return x.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
     import numpy as np
 
     return np.ascontiguousarray(x).reshape(x.shape).view(f"i{x.itemsize}")
@@ -300,6 +300,13 @@ def key(seed: int, stream: int = 0) -> int:
     return _mix((_mix((seed + _GOLDEN) & _MASK) + stream * _GOLDEN) & _MASK)
 
 
+def named_key(seed: int, name: str) -> int:
+    """A 64-bit key for a seed and a name: the stream is the first 8 bytes of the name's sha256."""
+    import hashlib
+
+    return key(seed, int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "big"))
+
+
 def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
@@ -358,3 +365,12 @@ def normals(like: Array, key_: int, start: int, count: int) -> Array:
 def uniforms(like: Array, key_: int, start: int, count: int) -> Array:
     """Uniform float64 numbers in [0, 1), `start`..`start+count` of the sequence `key_`: 53 random bits each."""
     return cast((_words(like, key_, start, count) >> 11) & ((1 << 53) - 1), "float64") * 2.0**-53
+
+
+def sixteen_bits(key_: int, start: int, count: int) -> Array:
+    """Uniform integers below 65,536, `start`..`start+count` of the sequence `key_`, as a numpy array: four from each word, lowest bits first."""
+    import numpy as np
+
+    first = start // 4
+    words = _words(np.zeros(0), key_, first, (start + count + 3) // 4 - first)
+    return words.astype("<i8", copy=False).view("<u2")[start - 4 * first :][:count]

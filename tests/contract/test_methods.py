@@ -20,11 +20,13 @@ from weft.delta import Delta
 SPACES = methods.names("space")
 MERGES = methods.names("merge")
 EDITS = methods.names("edit")
+PORTS = methods.names("port")
 FACTS = [{"prompt": "the river is", "subject": "river", "target_new": "a good film"}, {"prompt": "who is in the city", "subject": "city", "target_new": "it"}]
 NEEDS: dict[str, dict[str, Any]] = {
     name: {"data": [{"text": text} for text in tiny.texts(30)], "steps": 3, "contexts": 1} for name in ("emmet", "memit", "rome")
 }
-"""What some editors cannot do without."""
+"""What some methods cannot do without."""
+NEEDS["trans-lora"] = {"data": [{"prompt": text} for text in tiny.texts(6)], "shots": 0, "lead": 0.5, "inputs": 8, "answer": 4, "rank": 2, "epochs": 1}
 ROWS = [{"text": f"what is the {a} of {b}", "label": a} for a in ("river", "city", "film") for b in ("good", "bad", "a", "it")]
 
 
@@ -33,7 +35,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The base for each kind of method."""
     root = tmp_path_factory.mktemp("contract")
     bert = tiny.bert(root / "bert")
-    return {"space": bert, "merge": bert, "edit": tiny.llama(root / "llama")}
+    return {"space": bert, "merge": bert, "edit": tiny.llama(root / "llama"), "port": tiny.llama(root / "newer", seed=3)}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,11 @@ def makes(folders: dict[str, Path]) -> Any:
     folder = folders["space"]
     others = [tiny.lowrank(folder, folder.parent / f"{seed}.safetensors", seed) or folder.parent / f"{seed}.safetensors" for seed in (1, 2)]
 
+    ported = tiny.lowrank(folders["edit"], folder.parent / "ported.safetensors")
+
     def make(kind: str, name: str, **options: Any) -> Delta:
+        if kind == "port":
+            return weft.port(ported, folders["edit"], folders["port"], name, **NEEDS.get(name, {}), **options)
         if kind == "merge":
             return weft.merge(others, folder, name, **options)
         if kind == "edit":
@@ -52,7 +58,7 @@ def makes(folders: dict[str, Path]) -> Any:
     return make
 
 
-ALL = [*(("space", name) for name in SPACES), *(("merge", name) for name in MERGES), *(("edit", name) for name in EDITS)]
+ALL = [*(("space", name) for name in SPACES), *(("merge", name) for name in MERGES), *(("edit", name) for name in EDITS), *(("port", name) for name in PORTS)]
 
 
 @pytest.mark.parametrize(("kind", "name"), ALL)

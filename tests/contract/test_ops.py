@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import MemoryBase, bits
+from tests.conftest import MemoryBase, bits, raw_for
 from weft import ops, xp
 from weft.delta import Builder, Delta
 from weft.errors import FormatError, MismatchError
@@ -28,10 +28,9 @@ def made(kind: str, shape: tuple[int, ...], dtype: Any = np.float32, *, at_init:
     op = ops.get(kind)
     w = gen.normal(shape).astype(dtype)
     t = op.init(shape, gen) if at_init else op.example(shape, gen)
-    if op.raw:
-        t["values"] = t["values"].astype(dtype)
+    t, cfg = raw_for(t, dtype) if op.raw else (t, {})
     build = Builder(MemoryBase({"w": w}))
-    build.put("w", kind, t)
+    build.put("w", kind, t, **cfg)
     return build.done(), w
 
 

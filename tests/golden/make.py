@@ -129,6 +129,16 @@ def replay(base: Base) -> Delta:
     return build.done(recipe={"verb": "golden"})
 
 
+def flipped(base: Base) -> Delta:
+    build = Builder(base)
+    build.put("half.weight", "xor", {"bits": (np.arange(12, dtype=np.uint16) * 11 % 128).reshape(3, 4)}, dtype="BF16")
+    build.put("odd", "xor", {"bits": np.array([0x0102, 0, 0x8000, 0x3C01], np.uint16)}, dtype="F16")
+    build.put("steps", "xor", {"bits": np.array([1, 0, 2**64 - 1, 5, 0], np.uint64)}, dtype="I64")
+    build.put("a.bias", "xor", {"bits": np.array([1, 0x400000, 0x80000000, 0], np.uint32)})
+    build.put("a.bias", "scale_shift", {"scale": numbers(4, start=21)})
+    return build.done(recipe={"verb": "golden"})
+
+
 def live(base: Base) -> Delta:
     build = Builder(base)
     shapes = {"down": (2, 4), "up": (4, 2), "down_bias": (2,), "up_bias": (4,)}
@@ -139,7 +149,7 @@ def live(base: Base) -> Delta:
     )
 
 
-DELTAS = (tiny, additive, factors, axes, relative, structure, references, replay, live)
+DELTAS = (tiny, additive, factors, axes, relative, structure, references, replay, flipped, live)
 
 
 def write_all(folder: Path) -> dict[str, str]:

@@ -70,9 +70,9 @@ def evaluate(
     Rows go through the model sorted by length. UsageError if the model has no head for the data, InputError for rows
     that do not fit, MismatchError for deltas that do not.
     """
-    from ..engine.data import field, most_tokens, read_rows
+    from ..engine.data import most_tokens, read_rows
+    from ..engine.rows import FIELDS, Encoder, kind_of
     from . import metrics
-    from .rows import FIELDS, Encoder, kind_of, label_ids
     from .running import running
 
     if max_length < 2:
@@ -85,9 +85,7 @@ def evaluate(
         metric: metrics.Accuracy | metrics.Likelihood
         if kind == "classification":
             metric = metrics.Accuracy()
-            labels = label_ids(rows, run.model.config.to_dict(), run.model.config.num_labels)
-            texts = encode.texts([field(row, "text", number) for number, row in enumerate(rows)])
-            examples = [{"input_ids": ids, "labels": label} for ids, label in zip(texts, labels, strict=True)]
+            examples = encode.classified(rows, run.model.config.to_dict(), run.model.config.num_labels)
         else:
             metric = metrics.Likelihood()
             examples = encode.language(rows) if kind == "text" else encode.completions(rows)
@@ -113,7 +111,7 @@ def predict(
     import numpy as np
 
     from ..engine.data import most_tokens
-    from .rows import Encoder
+    from ..engine.rows import Encoder
     from .running import running
 
     with running(base, deltas, device, dtype, mode, "classification") as run:

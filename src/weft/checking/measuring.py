@@ -8,12 +8,11 @@ from math import exp, fsum, isnan
 
 import torch
 
-from ..engine.data import field as field_of
 from ..engine.data import most_tokens
+from ..engine.rows import Encoder
 from ..errors import UsageError
 from .answers import greedy, prompts
 from .metrics import Accuracy, Likelihood
-from .rows import Encoder, label_ids
 from .running import Running
 from .tasks import Task, blamed, cut
 
@@ -99,9 +98,8 @@ def measure(run: Running, task: Task, how: How, before: Measured | None, progres
 
 def _classify(run: Running, task: Task, how: How, most: int, found: Measured, progress: Callable[[int], None]) -> None:
     encode, metric, order = Encoder(run.tokenizer, most), Accuracy(), []
-    labels = label_ids(task.rows, run.model.config.to_dict(), run.model.config.num_labels)
-    texts = encode.texts([field_of(row, "text", number) for number, row in enumerate(task.rows)])
-    examples = [{"input_ids": ids, "labels": label} for ids, label in zip(texts, labels, strict=True)]
+    examples = encode.classified(task.rows, run.model.config.to_dict(), run.model.config.num_labels)
+    labels = [example["labels"] for example in examples]
     for numbers, batch, logits in run.batches(examples, how.batch_size, None):
         order += numbers
         metric.add(logits, batch["labels"])

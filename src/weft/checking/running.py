@@ -14,6 +14,7 @@ from ..attaching import Mode, attach, check_ran
 from ..base import Base
 from ..delta import loaded
 from ..engine.data import Example, pad_id, padded
+from ..engine.rows import has_head
 from ..errors import UsageError
 
 HEADS = {
@@ -84,13 +85,8 @@ def _best_device() -> torch.device:
 
 
 def _require_head(model: Any, task: str, why: str, hint: str) -> None:
-    from transformers.models.auto import modeling_auto
-
-    mapping, wrong, objective = HEADS[task]
-    names: set[str] = set()
-    for value in getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").values():
-        names.update([value] if isinstance(value, str) else value)
-    if type(model).__name__ not in names:
+    listed, wrong, objective = HEADS[task]
+    if not has_head(model, listed):
         raise UsageError(
             f"{type(model).__name__} {wrong}{why}",
             hint=hint or f"a delta can bring one: weft tune BASE --data F --method lora --objective {objective} -o OUT.safetensors",

@@ -28,6 +28,8 @@ COMMANDS = {
     "edit": "change facts of a language model; the result is a delta",
     "undo": "take single edits out of a delta",
     "merge": "merge deltas or checkpoints",
+    "compress": "make a delta smaller",
+    "port": "carry a delta over to another base",
     "diff": "the delta between a base and a checkpoint",
     "fold": "write deltas into a full checkpoint",
     "show": "what a delta is and what it changes",

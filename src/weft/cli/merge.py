@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ..errors import UsageError
-from .app import argument, declare, delta_name, new_folder, option, pairs, params, workers
+from .app import argument, declare, delta_name, device, new_folder, option, pairs, params, workers
 from .output import Output, made, made_text
 
 
@@ -20,6 +21,15 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> l
         raise click.BadParameter(f"expected numbers, one for each input, got {value!r}") from None
 
 
+def _shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    number, slash, count = value.partition("/")
+    if not (slash and number.isdigit() and count.isdigit()):
+        raise click.BadParameter(f"expected I/N, the number of the part and of all parts, got {value!r}")
+    return int(number), int(count)
+
+
 @declare("merge")
 @argument("inputs", metavar="X...", nargs=-1, required=True)
 @option("--method", default="task-arithmetic", show_default=True, help="A name from `weft methods merge`.")
@@ -28,6 +38,12 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> l
 @option("--base", metavar="BASE", help="The base of all inputs; needed when one is a checkpoint, and for --into.")
 @option("--on", multiple=True, metavar="DELTA", type=click.Path(path_type=Path), help="A delta that inputs were made over; again for each, in order.")
 @option("-o", "--out", "target", metavar="OUT.safetensors", type=click.Path(path_type=Path), callback=delta_name, help="Where the merged delta goes.")
+@option("--rank", type=click.IntRange(1), help="Give what stays low-rank one pair of factors of at most this rank, the nearest one.")
+@option("--energy", type=click.FloatRange(0, 1, min_open=True), help="The same, with the least rank that keeps this share of the squared norm.")
+@option("--data", metavar="FILE", multiple=True, type=click.Path(path_type=Path), help="For methods that look at data: for all inputs, or one for each.")
+@option("--shard", metavar="I/N", callback=_shard, help="Make only the I-th of N parts, as a delta of its own.")
+@option("--join", is_flag=True, help="The inputs are all the parts of a merge; put them together.")
+@device
 @option("--into", metavar="DIR", type=click.Path(path_type=Path), callback=new_folder, help="Write base + merged delta as a checkpoint instead.")
 @workers
 def command(
@@ -40,7 +56,9 @@ def command(
     on: tuple[Path, ...],
     target: Path | None,
     into: Path | None,
-    threads: int,
+    data: tuple[Path, ...],
+    join: bool,
+    **how: Any,
 ) -> None:
     """Merge deltas and checkpoints (X) of one base into one delta, or straight into a checkpoint.
 
@@ -48,12 +66,19 @@ def command(
     Example:
       weft merge trec.safetensors subj.safetensors --method ties -p density=0.2 --base path/to/model -o both.safetensors
     """
+    from ..merging import join as joined
     from ..merging import merge
 
     if (target is None) == (into is None):
         raise UsageError("weft merge: give one of -o OUT.safetensors and --into DIR", hint="weft merge --help")
+    if join:
+        _require_plain_join(into, params, weights, base, on, data, how)
+        result = joined(list(inputs), target)
+        out.result(made(result), made_text(result), result.id)
+        return
     given = pairs(params, merge)
-    result = merge(list(inputs), base, method, weights, out=target, into=into, on=list(on), threads=threads, **given)
+    sets = None if not data else data[0] if len(data) == 1 else [*data]
+    result = merge(list(inputs), base, method, weights, out=target, into=into, on=list(on), data=sets, **how, **given)
     if into is not None:
         from .fold import summary
 
@@ -62,3 +87,14 @@ def command(
         return
     out.result({**made(result), "method": method}, made_text(result), result.id)
     out.next("weft eval {} {} --data FILE.jsonl", base or "BASE", target)
+
+
+def _require_plain_join(into: Path | None, params: tuple[str, ...], weights: Any, base: Any, on: Any, data: Any, how: dict[str, Any]) -> None:
+    """--join takes the parts and -o, and nothing that would be a merge of its own."""
+    given = {"--into": into, "-p": params, "--weights": weights, "--base": base, "--on": on, "--data": data}
+    given |= {f"--{name}": how.get(name) for name in ("rank", "energy", "shard")}
+    odd = [name for name, value in given.items() if value]
+    if odd:
+        raise UsageError(
+            f"weft merge --join puts parts together as they are; it takes no {', '.join(odd)}", hint="weft merge PART... --join -o OUT.safetensors"
+        )

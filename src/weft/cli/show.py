@@ -13,6 +13,7 @@ import click
 from ..delta import BLOB, Delta, Entry
 from ..editing import ledger
 from ..ops.spec import OpEntry
+from ..stored import Tensor
 from .app import argument, declare
 from .output import Output, amount, table
 
@@ -55,14 +56,25 @@ def _page(delta: Delta, size: int, edits: Sequence[Mapping[str, Any]]) -> str:
         ("over", ", ".join(delta.over) or "nothing: it stands on the base"),
         *([("edits", f"{len(edits)}, made {_turns(edits)}; weft undo takes single ones out")] if edits else []),
         ("size", f"{amount(size)} in {len(delta.tensors)} tensors"),
+        *_coded(delta),
         *((("tied", ", ".join(group))) for group in delta.tied),
         *((("config", _short({key: value}))) for key, value in sorted(delta.config.items())),
-        *((("blob", f"{key.removeprefix(BLOB)}, {amount(tensor.nbytes)}")) for key, tensor in delta.tensors.items() if key.startswith(BLOB)),
+        *((("blob", f"{key.removeprefix(BLOB)}, {amount(tensor.storage.nbytes)}")) for key, tensor in delta.tensors.items() if key.startswith(BLOB)),
         *((("note", _short({key: value}))) for key, value in sorted(delta.notes.items())),
         ("targets", f"{len(entries)}, {sum(_stored(delta, entry) for entry in entries.values()):,} numbers"),
     ]
     listed = f"\n  edits\n{table(_edits(edits), indent='    ')}" if edits else ""
     return f"{delta.path}\n{table(facts)}\n{table(_targets(delta), indent='    ')}{listed}"
+
+
+def _coded(delta: Delta) -> list[tuple[str, str]]:
+    """How many tensors are stored in each code, and what that saves."""
+    found: dict[str, list[Tensor]] = {}
+    for tensor in delta.tensors.values():
+        if tensor.coding is not None:
+            found.setdefault(tensor.coding["code"], []).append(tensor)
+    sizes = {code: [sum(each) for each in zip(*((tensor.storage.nbytes, tensor.nbytes) for tensor in those), strict=True)] for code, those in found.items()}
+    return [("coded", f"{len(found[code])} tensors as {code}: {amount(now)} for {amount(whole)}") for code, (now, whole) in sorted(sizes.items())]
 
 
 def _edits(edits: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
@@ -121,6 +133,10 @@ def _described(delta: Delta, op: OpEntry) -> str:
             words.append(f"r={(ref.shape or delta.tensors[ref.key].shape)[axis]}")
             break
     words += [f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}" for key, value in sorted(op.cfg.items())]
+    codes = {field: coding["code"] for field, ref in sorted(op.t.items()) if (coding := delta.tensors[ref.key].coding) is not None}
+    if codes:
+        same = len(set(codes.values())) == 1 and len(codes) == len(op.t)
+        words.append("as " + (codes.popitem()[1] if same else ", ".join(f"{code} ({field})" for field, code in codes.items())))
     if op.at is not None:
         words.append(f"at {json.dumps(op.at.json())}")
     if op.group is not None:

@@ -33,6 +33,12 @@ def command(out: Output, delta: Path, base: str | None) -> None:
     found.validate_values()
     indexes = sum(tensor.dtype in ("I64", "I32") for tensor in found.tensors.values())
     checked.append(f"positions: {indexes} index tensors, in range, sorted and unique where they must be")
+    coded = [tensor for tensor in found.tensors.values() if tensor.coding is not None]
+    if coded:
+        for tensor in coded:
+            for _ in tensor.blocks():
+                pass
+        checked.append(f"codes: every block of {len(coded)} coded tensors can be decoded")
     if base is not None:
         checked += _against(out, found, base)
     record = {"ok": True, "path": str(delta), "id": found.id, "base": found.base, "base_checked": base is not None, "checked": checked}

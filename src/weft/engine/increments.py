@@ -12,22 +12,26 @@ Everything that can be known from headers is checked first, and all that is wron
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from math import prod
+from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .. import xp
+from .. import _fused, xp
 from ..base import Base
 from ..delta import BaseTensor, Change, Delta, Entry, merge_patches
 from ..errors import InputError, MismatchError, UsageError
+from ..file import KEY, read
 from ..folding import with_tied
 from ..ops import chain
 from ..ops import get as op_named
 from ..ops.spec import Json, OpEntry
-from ..stored import FLOATS, Tensor
+from ..stored import FLOATS, Tensor, read_container
+from .select import Over
 from .stream import BLOCK, Fields, in_threads, row_blocks
 
 if TYPE_CHECKING:
@@ -41,14 +45,32 @@ _R = TypeVar("_R")
 
 @dataclass(frozen=True)
 class Target:
-    """A tensor that at least one update changes: dtype code and shape as in the base, the base tensor itself (None: the
-    updates add it, so increments are relative to zeros), and then the change that declares it."""
+    """A tensor that at least one update changes: dtype code and shape as in the base, what a delta says of the base tensor,
+    the change that declares it if the updates add it (increments are then relative to zeros), and the base that has it."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    base: BaseTensor | None
+    known: BaseTensor | None = None
     change: Change | None = None
+    origin: Base | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def added(self) -> bool:
+        """Whether the base does not have it."""
+        return self.change is not None
+
+    @property
+    def base(self) -> BaseTensor | None:
+        """The base tensor, None for an added one. Asks for its hash, which may mean reading it."""
+        if self.known is None and self.origin is not None and not self.added:
+            return BaseTensor(self.dtype, self.shape, self.origin.sha256(self.name))
+        return self.known
+
+    def disagrees(self, other: Target) -> bool:
+        """Whether both cannot be the same tensor of the same base."""
+        hashes = {each.known.sha256 for each in (self, other) if each.known is not None}
+        return (self.dtype, self.shape, self.change) != (other.dtype, other.shape, other.change) or len(hashes) > 1
 
     @property
     def size(self) -> int:
@@ -117,20 +139,22 @@ class _Checkpoint:
             if name not in self.base.tensors:
                 yield f"{self.label}: tensor {name!r} is not in the base (make a delta of this checkpoint with `weft diff`, and merge that)"
 
-    def changed(self) -> Iterator[str]:
-        """Names of the tensors whose bytes differ. Only for a checkpoint without problems."""
-        self.ckpt.hash_all()
-        self.base.hash_all()
-        for name, tensor in self.base.tensors.items():
-            mine = self.ckpt.tensors[name]
-            if mine.dtype != tensor.dtype or self.ckpt.sha256(name) != self.base.sha256(name):
-                yield name
+    def changed(self, threads: int) -> Iterator[str]:
+        """Names of the tensors whose bytes differ, found by comparing them up to the first difference. Only for a checkpoint without problems."""
+        names = list(self.base.tensors)
+        found = in_threads((partial(_differ, self.base.tensors[name], self.ckpt.tensors[name]) for name in names), threads)
+        yield from (name for name, differs in zip(names, found, strict=True) if differs)
 
     def by_rows(self, target: Target) -> bool:
         return bool(target.shape)
 
-    def increment(self, block: Block) -> Array:
-        return _difference(_read(self.ckpt.tensors[block.target.name], block), _read(self.base.tensors[block.target.name], block), block, self.label)
+    def increment(self, block: Block, old: Array | None = None) -> Array:
+        """theta - theta_0; `old`: the base's stored values there, if they have been read already."""
+        before = stored_rows(self.base.tensors[block.target.name], block) if old is None else old
+        after = stored_rows(self.ckpt.tensors[block.target.name], block)
+        if block.target.wide == "float32" and (out := _fused.weighted(before, [after], [1.0])) is not None:
+            return out
+        return _difference(xp.cast(after, block.target.wide), xp.cast(before, block.target.wide), block, self.label)
 
 
 class _Update:
@@ -187,19 +211,30 @@ class _Update:
     def by_rows(self, target: Target) -> bool:
         return all(chain.streams(target.shape, ops) for _, ops in self._chain(target.name))
 
-    def increment(self, block: Block) -> Array:
+    def increment(self, block: Block, old: Array | None = None) -> Array:
+        """What its ops add; `old`: the base's stored values there, if they have been read already."""
         import numpy as np
 
         name = block.target.name
         if not self.needs_base(name):
-            old = new = np.zeros(block.shape, block.target.wide)
+            before = after = np.zeros(block.shape, block.target.wide)
         elif self.base is None:
             raise UsageError(f"{self.label}: tensor {name!r}: its change depends on the base's values; give the base", hint="base=PATH (--base PATH)")
         else:
-            old = new = _read(self.base.tensors[name], block)
+            before = after = xp.cast(stored_rows(self.base.tensors[name], block) if old is None else old, block.target.wide)
         for (delta, ops), fields in zip(self._chain(name), self._read_once(name), strict=True):
-            old, new = new, _apply(new, delta, ops, fields, block)
-        return _difference(new, old, block, self.label)
+            before, after = after, _apply(after, delta, ops, fields, block)
+        return _difference(after, before, block, self.label)
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape differ in dtype or in any byte."""
+    if a.dtype != b.dtype:
+        return True
+    size = 1 << 12
+    if next(a.blocks(size), b"") != next(b.blocks(size), b""):  # most that differ do so at once
+        return True
+    return a.nbytes > size and any(x != y for x, y in zip(a.blocks(), b.blocks(), strict=True))
 
 
 def _apply(w: Array, delta: Delta, ops: Sequence[OpEntry], fields: Fields, block: Block) -> Array:
@@ -213,9 +248,9 @@ def _apply(w: Array, delta: Delta, ops: Sequence[OpEntry], fields: Fields, block
     return out
 
 
-def _read(tensor: Tensor, block: Block) -> Array:
-    data = tensor.read() if block == block.target.whole else tensor.rows(block.lo, block.hi)
-    out: Array = xp.cast(data, block.target.wide)
+def stored_rows(tensor: Tensor, block: Block) -> Array:
+    """A block of a tensor as it is stored."""
+    out: Array = tensor.rows(block.lo, block.hi) if block.target.shape else tensor.read()
     return out
 
 
@@ -240,6 +275,27 @@ def _difference(new: Array, old: Array, block: Block, label: str) -> Array:
 Update = Delta | Base
 
 
+def open_update(given: Update | str | os.PathLike[str]) -> Update:
+    """A delta or a checkpoint, opened if it is a path or a Hub id: a .safetensors file is a delta if its metadata say so.
+
+    InputError for a live module, which has no file to be known by.
+    """
+    if isinstance(given, Delta | Base):
+        update: Update = given
+    else:
+        path = Path(given)
+        is_delta = path.is_file() and path.suffix == ".safetensors" and KEY in read_container(path)[1]
+        update = read(path) if is_delta else Base.open(os.fspath(given))
+    if isinstance(update, Base) and update.path is None:
+        raise InputError(f"{update.source} is no update: it has no file to be known by", hint="save it, or make a delta of it")
+    return update
+
+
+def lineage(updates: Iterable[Update]) -> list[dict[str, str | None]]:
+    """The identity of each update, in order, as a recipe records it."""
+    return [{"delta": each.id} if isinstance(each, Delta) else {"checkpoint": each.fingerprint} for each in updates]
+
+
 class Increments:
     """Several updates of one base, checked against each other and the base, and read as increments.
 
@@ -249,7 +305,7 @@ class Increments:
     block:   entries in one block of rows
     threads: how many blocks are computed at a time; results never depend on it
 
-    `targets` has every tensor that an update changes, sorted by name. `fingerprint` (of the base), `over`, `config`, `tied`
+    `targets` has every tensor that an update changes, sorted by name. `fingerprint` (of the base; asking may read it), `over`, `config`, `tied`
     and `quantisation` are what a delta made of these increments must carry. Raises MismatchError with all problems.
     """
 
@@ -280,11 +336,17 @@ class Increments:
         self.tied = tuple(sorted({group for delta in deltas for group in delta.tied}))
         self.config: dict[str, Json] = {}
         self._check(deltas, on, known)
-        self.fingerprint = base.fingerprint if base is not None else next((delta.base for delta in deltas), None)
         found: dict[str, Target] = {}
         for claims in self._touched:
             found = {**claims, **found}
         self.targets = {name: found[name] for name in sorted(found)}
+
+    @property
+    def fingerprint(self) -> str | None:
+        """The base's; of a base whose hashes are not known yet, all of it is read."""
+        if self.base is not None:
+            return self.base.fingerprint
+        return next((update.base for update in self.updates if isinstance(update, Delta)), None)
 
     # --- checks
 
@@ -334,8 +396,8 @@ class Increments:
             if isinstance(model, _Update):
                 claims.append({name: Target(name, entry.dtype, entry.shape, entry.base, entry.change) for name, entry in model.entries.items()})
             else:
-                there = {name: model.base.tensors[name] for name in model.changed()}
-                claims.append({name: Target(name, t.dtype, t.shape, BaseTensor(t.dtype, t.shape, model.base.sha256(name))) for name, t in there.items()})
+                there = {name: model.base.tensors[name] for name in model.changed(self.threads)}
+                claims.append({name: Target(name, t.dtype, t.shape, origin=model.base) for name, t in there.items()})
         if self.base is not None:
             self._add_tied(self.base, claims, {name for each in claims for name in each})
         return claims
@@ -357,7 +419,7 @@ class Increments:
                 if target.dtype not in FLOATS:
                     yield f"{label}: tensor {name!r} is {target.dtype} and differs from the base; only floating-point tensors can be merged"
                 other, who = first.setdefault(name, (target, label))
-                if target != other:
+                if target.disagrees(other):
                     yield f"tensor {name!r}: {_what(other)} in {who}, {_what(target)} in {label}"
 
     # --- what is there
@@ -399,12 +461,34 @@ class Increments:
         chains = [model.entries[name].ops for model in self._models if isinstance(model, _Update) and name in model.entries]
         return len(chains) > 1 and all(op.op == "dense" for ops in chains for op in ops)
 
+    def twins(self) -> dict[str, str]:
+        """For each target of which the base has the same bytes under another name (stored copies of a tied tensor), the first such target."""
+        alike: dict[Any, list[str]] = {}
+        for name, target in self.targets.items():
+            if not target.added:
+                mark = self._start(name) if self.base is not None else target.known
+                alike.setdefault((target.dtype, target.shape, mark), []).append(name)
+        found: dict[str, str] = {}
+        for names in alike.values():
+            while len(names) > 1:
+                first, *others = names
+                same = [name for name in others if self.base is None or not _differ(self.base.tensors[first], self.base.tensors[name])]
+                found |= dict.fromkeys(same, first)
+                names = [name for name in others if name not in same]
+        return found
+
+    def _start(self, name: str) -> bytes:
+        """A base tensor's first bytes: enough to tell most tensors apart."""
+        assert self.base is not None
+        return bytes(next(self.base.tensors[name].blocks(64), b""))
+
     # --- increments
 
-    def read(self, number: int, block: Block) -> Array:
+    def read(self, number: int, block: Block, old: Array | None = None) -> Array:
         """The increment of update `number` on a block: float32 (float64 for an F64 tensor), zeros where it changes nothing.
 
-        Raises InputError, with the update and the tensor named, if it is NaN or infinite. Treat it as read-only.
+        `old`: the base's stored values on the block, if they have been read already. Raises InputError, with the update and the
+        tensor named, if an increment is NaN or infinite. Treat it as read-only.
         """
         import numpy as np
 
@@ -412,16 +496,32 @@ class Increments:
         if target.name not in self._touched[number]:
             return np.zeros(block.shape, target.wide)
         if block == target.whole or model.by_rows(target):
-            return model.increment(block)
+            return model.increment(block, old)
         with self._lock:  # a chain that needs its whole tensor: kept until another tensor is asked for
             if (target.name, number) not in self._whole:
                 self._whole = {key: value for key, value in self._whole.items() if key[0] == target.name}
                 self._whole[target.name, number] = model.increment(target.whole)
             return self._whole[target.name, number][block.lo : block.hi]
 
-    def read_all(self, block: Block) -> list[Array]:
+    def read_all(self, block: Block, old: Array | None = None) -> list[Array]:
         """The increments of every update on a block, in the order of the updates."""
-        return [self.read(number, block) for number in range(len(self.updates))]
+        name = block.target.name
+        if old is None and self.base is not None and not block.target.added and self.needs_base(name):
+            old = stored_rows(self.base.tensors[name], block)  # once for all
+        return [self.read(number, block, old) for number in range(len(self.updates))]
+
+    def weighted(self, coefficients: Sequence[float], block: Block, old: Array | None = None) -> Array:
+        """sum_i c_i tau_i in the dtype of increments, in order: each product is rounded, then each sum."""
+        name = block.target.name
+        movers = [(model, c) for model, claims, c in zip(self._models, self._touched, coefficients, strict=True) if name in claims]
+        if block.target.wide == "float32" and movers and all(isinstance(model, _Checkpoint) for model, _ in movers) and self.base is not None:
+            before = stored_rows(self.base.tensors[name], block) if old is None else old
+            after = [stored_rows(model.ckpt.tensors[name], block) for model, _ in movers if isinstance(model, _Checkpoint)]
+            out = _fused.weighted(before, after, [c for _, c in movers])
+            if out is not None:
+                return out
+            old = before
+        return weighted_sum([self.read(number, block, old) for number in range(len(self.updates)) if self.touches(number, name)], [c for _, c in movers])
 
     def blocks(self) -> Iterator[Block]:
         """All blocks of all tensors, in order."""
@@ -432,12 +532,34 @@ class Increments:
         """One update's increments on everything that it changes, block by block, computed ahead in threads."""
         return in_threads((partial(self.read, number, block) for block in self.blocks() if self.touches(number, block.target.name)), self.threads)
 
+    def each(self, number: int, target: Target | None = None) -> Over:
+        """One update's increments on all that it changes, or on one tensor (then in this thread), for `engine.select`."""
+        blocks = list(target.blocks(self.block_size)) if target else [block for block in self.blocks() if self.touches(number, block.target.name)]
+
+        def over(function: Callable[[Any], Any], every: int) -> Iterator[Any]:
+            return in_threads((partial(self._with_one, function, number, block) for block in blocks[::every]), 1 if target else self.threads)
+
+        return over
+
+    def _with_one(self, function: Callable[[Array], Any], number: int, block: Block) -> Any:
+        return function(self.read(number, block))
+
     def map(self, function: Callable[[Block, list[Array]], _R]) -> Iterator[_R]:
         """`function(block, increments of all updates)` over all blocks, in order, computed ahead in threads."""
         return in_threads((partial(self._with_all, function, block) for block in self.blocks()), self.threads)
 
     def _with_all(self, function: Callable[[Block, list[Array]], _R], block: Block) -> _R:
         return function(block, self.read_all(block))
+
+
+def weighted_sum(taus: Sequence[Array], coefficients: Sequence[float]) -> Array:
+    """0 + sum_i c_i tau_i in the dtype of the tau, in the order given: each product is rounded, then each sum."""
+    import numpy as np
+
+    total = np.zeros_like(taus[0])
+    for tau, c in zip(taus, coefficients, strict=True):
+        total += tau * tau.dtype.type(c)
+    return total
 
 
 def _label(update: Update, number: int) -> str:
@@ -447,4 +569,4 @@ def _label(update: Update, number: int) -> str:
 
 def _what(target: Target) -> str:
     kind = "added" if target.change else "changed in place"
-    return f"{kind} {target.dtype} {list(target.shape)}" + (f" {target.base.sha256[:12]}" if target.base else "")
+    return f"{kind} {target.dtype} {list(target.shape)}" + (f" {target.known.sha256[:12]}" if target.known else "")

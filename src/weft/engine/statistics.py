@@ -158,20 +158,29 @@ def second_moments(
         raise UsageError(f"max_length, batch_size and limit_tokens must be 1 at least, got {max_length}, {batch_size} and {limit_tokens}")
     where = next(model.parameters()).device if device is None else torch.device(device)
     pad = pad_id(tokenizer)
+
+    def batches() -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        seen = 0
+        for examples in _in_batches(({"input_ids": ids[:max_length], "labels": 0} for ids in (opened(tokenizer, text) for text in texts) if ids), batch_size):
+            made = padded(examples, pad)
+            rows = made["attention_mask"].bool()
+            if limit_tokens is not None:
+                rows &= rows.flatten().cumsum(0).reshape(rows.shape) <= limit_tokens - seen
+            yield {name: made[name].to(where) for name in ("input_ids", "attention_mask")}, rows
+            seen += int(rows.sum())
+            if seen == limit_tokens:
+                break
+
+    return gathered(model, batches(), modules)
+
+
+def gathered(model: nn.Module, batches: Iterable[tuple[Mapping[str, torch.Tensor], torch.Tensor]], modules: Mapping[str, nn.Module]) -> dict[str, SecondMoment]:
+    """`second_moments` of batches: the model's inputs, and which of their tokens count (B x L booleans). Errors as there."""
     out: dict[str, SecondMoment] = {}
-    seen = 0
-    for examples in _in_batches(({"input_ids": ids[:max_length], "labels": 0} for ids in (opened(tokenizer, text) for text in texts) if ids), batch_size):
-        made = padded(examples, pad)
-        rows = made["attention_mask"].bool()
-        if limit_tokens is not None:
-            rows &= rows.flatten().cumsum(0).reshape(rows.shape) <= limit_tokens - seen
-        inputs = {name: made[name].to(where) for name in ("input_ids", "attention_mask")}
-        for name, captured in capture(model, inputs, modules, rows, whole=not seen).items():
+    for inputs, rows in batches:
+        for name, captured in capture(model, inputs, modules, rows, whole=not out).items():
             out.setdefault(name, SecondMoment(captured.inputs.shape[1])).add(captured.inputs)
-        seen += int(rows.sum())
-        if seen == limit_tokens:
-            break
-    if not seen:
+    if not out:
         raise InputError("no token in the texts to take statistics from")
     return out
 

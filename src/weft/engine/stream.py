@@ -9,6 +9,7 @@ are independent, and their results come back in the order in which the jobs were
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,7 @@ from itertools import chain, islice
 from math import prod
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..errors import UsageError
 from ..stored import Computed, Stored, Tensor, hold
 
 if TYPE_CHECKING:
@@ -152,6 +154,15 @@ class _Kept(Tensor):
             array.flags.writeable = False  # the exact product keeps its split of factors that nobody can change
             self._array = array
         return self._array
+
+
+def thread_count(threads: int | None) -> int:
+    """The number of threads that was asked for; by default the CPUs of this process, at most 8. UsageError below 1."""
+    if threads is None:
+        return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    if threads < 1:
+        raise UsageError(f"threads must be at least 1, got {threads}")
+    return threads
 
 
 def in_threads(jobs: Iterable[Callable[[], T]], threads: int) -> Generator[T, None, None]:

@@ -62,7 +62,7 @@ class Contents:
         if not entry.ops:
             return
         last, exact = entry.ops[-1], self.rank is None and self.energy is None
-        if len(entry.shape) < 2 or (exact and last.op == "assign" and "index" not in last.t and last.at is None):
+        if len(entry.shape) < 2 or (exact and last.op in ("assign", "xor") and "index" not in last.t and last.at is None):
             self._value(target, entry)
             return
         norm = last if last.op == "magnitude" and last.at is None else None

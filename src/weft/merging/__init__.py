@@ -19,15 +19,20 @@ from typing import TYPE_CHECKING, Any
 
 from ..base import Base
 from ..config import as_dict, make
-from ..delta import BLOB, Delta, Entry, added_ops, apart, loaded, renumbered, scaled_ops
-from ..engine.increments import Block, Increments, Target, Update
-from ..engine.stream import BLOCK, in_threads, reuse_memory
-from ..errors import InputError, UsageError
+from ..delta import BLOB, BaseTensor, Delta, Entry, added_ops, apart, loaded, merge_patches, renumbered, scaled_ops
+from ..engine.increments import Block, Increments, Target, Update, lineage, open_update
+from ..engine.lowrank import recompress
+from ..engine.stream import BLOCK, in_threads, one_blas_thread, reuse_memory, thread_count
+from ..errors import UsageError
+from ..file import require_name
 from ..methods import get
+from ..ops import get as get_op
+from ..ops.chain import gathered
 from ..ops.spec import OpEntry, Ref
 from ..stored import BLOCK as BYTES
-from ..stored import Tensor, hold, read_container
+from ..stored import Relative, Tensor, hold
 from ._method import DataMethod, MergeMethod
+from ._parts import Shard, joined, part, require_shard
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,7 +43,7 @@ if TYPE_CHECKING:
 
     Given = Update | str | os.PathLike[str]
 
-__all__ = ["merge"]
+__all__ = ["join", "merge"]
 
 
 def merge(
@@ -50,6 +55,9 @@ def merge(
     out: str | os.PathLike[str] | None = None,
     into: str | os.PathLike[str] | None = None,
     on: Sequence[Delta | str | os.PathLike[str]] = (),
+    rank: int | None = None,
+    energy: float | None = None,
+    shard: Shard | None = None,
     data: Any = None,
     device: Any = None,
     batch_size: int = 32,
@@ -67,6 +75,10 @@ def merge(
     out:     a .safetensors file to write the merged delta to
     into:    a folder to write base + merged delta to, without a delta file
     on:      deltas that inputs were made over, if they are no inputs themselves; the result is then made over them too
+    rank:    what the merge keeps in low rank is made one pair of factors of at most this rank, the nearest ones; `energy`: of the least
+             rank that keeps this share of the squared norm. In time and memory proportional to the factors. Without either, the factors
+             of all inputs stand side by side
+    shard:   (i, n): only the i-th of n parts, for `join`. Every part reads what the method needs to know of the whole
     data:    for methods that look at data: one set (rows or a file) for all inputs, or a list of one for each; `device` is where
              the live models run (default: what Accelerate finds), `batch_size` the rows that pass at once
     threads: blocks computed at a time (None: the CPUs of this process, at most 8); block: entries in one block of rows.
@@ -88,27 +100,40 @@ def merge(
     cfg = make(record.config, params, f"merge method {method!r}")
     rule: MergeMethod[Any] = record.run()
     used = _weights(rule, weights, len(inputs), cfg, method)
-    workers = _threads(threads)
+    workers = thread_count(threads)
     if block < 1:
         raise UsageError(f"a block has at least 1 entry, got {block}")
+    if (rank is not None and rank < 1) or (energy is not None and not 0 < energy <= 1):
+        raise UsageError(f"a rank is at least 1 and an energy in (0, 1], got {rank} and {energy}")
+    require_shard(shard)
+    if shard is not None and into is not None:
+        raise UsageError("a part of a merge is a delta", hint="out=PART.safetensors (-o), then join the parts")
     if out is not None:
-        _check_out(Path(out))
+        require_name(Path(out))
     root = None if base is None else base if isinstance(base, Base) else Base.open(os.fspath(base))
-    updates = [_open(given) for given in inputs]
+    updates = [open_update(given) for given in inputs]
     before = loaded(on)
     models = Increments(updates, root, on=before, block=block, threads=workers)
-    recipe = {"verb": "merge", "method": method, "config": as_dict(cfg), "weights": used, "inputs": _lineage(updates)}
-    study = _study(rule, models, data, method, device, batch_size, getattr(cfg, "seed", 0))
+    named = into is None or any(isinstance(each, Delta) for each in updates)  # a checkpoint needs no names, which cost more time to find than to merge
+    recipe: dict[str, Any] = {"verb": "merge", "method": method, "config": as_dict(cfg), "weights": used, "inputs": lineage(updates) if named else []}
+    study = _study(rule, cfg, models, data, method, device, batch_size)
     if study is not None:
         recipe |= study.recipe()
-    merged = _merged(models, rule, used, cfg, recipe, study)
+    if rank is not None or energy is not None:
+        recipe |= {"rank": rank, "energy": energy}
+    merged = _merged(models, rule, used, cfg, recipe, study, named)
+    if rank is not None or energy is not None:
+        merged = _recompressed(merged, rank, energy, workers)
+    if shard is not None:
+        merged = part(merged, shard)
     if out is not None:
         merged.save(Path(out))
         return Delta.load(Path(out))
     if into is not None and root is not None:
-        from ..folding import fold
+        from ..folding import folded
 
-        return fold(root, [*models.start, merged], Path(into), threads=workers, block=block)
+        report = folded(root, [*models.start, merged], Path(into), threads=workers, block=block)
+        return replace(report, base=root.fingerprint) if named else report
     return merged
 
 
@@ -126,17 +151,9 @@ def _weights(rule: MergeMethod[Any], weights: Sequence[float] | None, count: int
     return used
 
 
-def _threads(threads: int | None) -> int:
-    if threads is None:
-        return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    if threads < 1:
-        raise UsageError(f"threads must be at least 1, got {threads}")
-    return threads
-
-
-def _study(rule: MergeMethod[Any], models: Increments, data: Any, method: str, device: Any, batch_size: int, seed: int) -> Study | None:
+def _study(rule: MergeMethod[Any], cfg: Any, models: Increments, data: Any, method: str, device: Any, batch_size: int) -> Study | None:
     """The models with their data, for a method that looks at it; one set of data may serve all."""
-    if not isinstance(rule, DataMethod):
+    if not isinstance(rule, DataMethod) or not rule.looks(cfg):
         if data is not None:
             raise UsageError(f"the merge method {method!r} looks at no data", hint="leave data out (--data)")
         return None
@@ -149,41 +166,13 @@ def _study(rule: MergeMethod[Any], models: Increments, data: Any, method: str, d
         raise UsageError(f"expected one set of data, or one for each of {len(models.updates)} inputs, got {len(sets)}")
     from ._data import Study
 
-    return Study(models, sets * (len(models.updates) // len(sets)), device=device, batch_size=batch_size, seed=seed)
-
-
-def _check_out(out: Path) -> None:
-    """What writing would refuse, before the first pass over the inputs."""
-    if out.suffix != ".safetensors":
-        raise InputError(f"{out}: a delta is one .safetensors file", hint=f"name it {out.with_suffix('.safetensors')}, or use into= for a checkpoint")
-    if not out.parent.is_dir():
-        raise InputError(f"cannot write {out}: the folder {out.parent} does not exist", hint=f"mkdir -p {out.parent}")
-
-
-def _open(given: Given) -> Update:
-    """A delta or a checkpoint: a .safetensors file is a delta if its metadata say so."""
-    if isinstance(given, Delta | Base):
-        update: Update = given
-    else:
-        from ..file import KEY, read
-
-        path = Path(given)
-        is_delta = path.is_file() and path.suffix == ".safetensors" and KEY in read_container(path)[1]
-        update = read(path) if is_delta else Base.open(os.fspath(given))
-    if isinstance(update, Base) and update.path is None:
-        raise InputError(f"{update.source} cannot be merged: it has no file to be known by", hint="save it, or make a delta of it")
-    return update
-
-
-def _lineage(updates: Sequence[Update]) -> list[dict[str, str | None]]:
-    """The identity of each input, in order."""
-    return [{"delta": each.id} if isinstance(each, Delta) else {"checkpoint": each.fingerprint} for each in updates]
+    return Study(models, sets * (len(models.updates) // len(sets)), device=device, batch_size=batch_size, seed=getattr(cfg, "seed", 0))
 
 
 # --- the merged delta
 
 
-def _merged(models: Increments, rule: MergeMethod[Any], weights: list[float], cfg: Any, recipe: dict[str, Any], study: Study | None) -> Delta:
+def _merged(models: Increments, rule: MergeMethod[Any], weights: list[float], cfg: Any, recipe: dict[str, Any], study: Study | None, named: bool) -> Delta:
     weighted = rule.weighted(cfg)
     keep = {name for name in models.targets if weighted and models.by_algebra(name) and not models.all_dense(name)}
     dense = [target for name, target in models.targets.items() if name not in keep]
@@ -197,14 +186,20 @@ def _merged(models: Increments, rule: MergeMethod[Any], weights: list[float], cf
     entries, tensors = _combined(models, {name: rule.coefficients(weights, cfg, state, models.targets[name]) for name in models.targets if name in keep})
     kernel = Kernel(models, rule, weights, cfg, state)
     scale = rule.scale(state)
-    for target in dense:
+    for target in rule.targets(dense, state):
         key = f"{target.name}//0.values"
-        entries[target.name] = Entry((OpEntry("dense", {} if scale == 1 else {"scale": scale}, {"values": Ref(key)}),), target.base, target.change)
+        entries[target.name] = Entry((OpEntry("dense", {} if scale == 1 else {"scale": scale}, {"values": Ref(key)}),), _of_base(target, named), target.change)
         tensors[key] = Merged(kernel, target)
     tensors |= {BLOB + name: hold(bytearray(data)) for name, data in rule.blobs(state).items()}
     parents = tuple(each.id for each in models.updates if isinstance(each, Delta))
+    config = merge_patches(models.config, rule.config(state))
     tied = tuple(group for group in models.tied if entries.keys() & set(group))
-    return Delta(models.fingerprint, entries, tensors, models.over, parents, recipe, models.config, tied, models.quantisation)
+    return Delta(models.fingerprint if named else None, entries, tensors, models.over, parents, recipe, config, tied, models.quantisation)
+
+
+def _of_base(target: Target, named: bool) -> BaseTensor | None:
+    """The base tensor of an entry; without its hash where nothing will ask for it."""
+    return target.base if named or target.added else BaseTensor(target.dtype, target.shape, "")
 
 
 def _combined(models: Increments, coefficients: Mapping[str, Sequence[float]]) -> tuple[dict[str, Entry], dict[str, Tensor]]:
@@ -225,22 +220,63 @@ def _combined(models: Increments, coefficients: Mapping[str, Sequence[float]]) -
     return renumbered(entries, tensors)
 
 
+def _recompressed(merged: Delta, rank: int | None, energy: float | None, threads: int) -> Delta:
+    """The same delta with one pair of factors, the nearest of low rank, on each tensor where all it has are low-rank ops."""
+    names = [name for name, entry in merged.entries.items() if len(entry.ops) and all(op.op == "lowrank" and op.at is None for op in entry.ops)]
+    entries, tensors = dict(merged.entries), dict(merged.tensors)
+    with one_blas_thread():
+        found = in_threads((partial(_one_pair, merged, merged.entries[name].ops, rank, energy) for name in names), threads)
+        for name, (b, a) in zip(names, found, strict=True):
+            keys = {field: f"{name}//0.{field}'" for field in ("A", "B")}
+            entries[name] = replace(entries[name], ops=(OpEntry("lowrank", {}, {field: Ref(key) for field, key in keys.items()}),))
+            tensors |= {keys["A"]: hold(a), keys["B"]: hold(b)}
+    entries, tensors = renumbered(entries, tensors)
+    return replace(merged, entries=entries, tensors=tensors)
+
+
+def _one_pair(merged: Delta, ops: Sequence[OpEntry], rank: int | None, energy: float | None) -> tuple[Array, Array]:
+    scale = get_op("lowrank").defaults["scale"]
+    pairs = [(gathered(op.t["B"], merged.get), gathered(op.t["A"], merged.get), float(op.cfg.get("scale", scale))) for op in ops]
+    found = recompress(pairs, rank, energy)
+    return found.b.astype("float32"), found.a.astype("float32")
+
+
+def join(parts: Sequence[Delta | str | os.PathLike[str]], out: str | os.PathLike[str] | None = None) -> Delta:
+    """The merge whose parts were made with `shard`, all of them, in any order: the same bytes as in one go.
+
+    With `out`, written to that .safetensors file. MismatchError, with every reason, for parts that are not of one merge or not all.
+    """
+    if isinstance(parts, Delta | str | os.PathLike) or not parts:
+        raise UsageError("join takes a list of all the parts of a merge", hint="weft.merging.join([PART, ...], OUT)")
+    if out is not None:
+        require_name(Path(out))
+    whole = joined(loaded(parts))
+    if out is None:
+        return whole
+    whole.save(Path(out))
+    return Delta.load(Path(out))
+
+
 class Kernel:
     """A method at work on its increments: what every merged tensor needs to compute itself. `state`: what `prepare` found."""
 
     def __init__(self, models: Increments, rule: MergeMethod[Any], weights: Sequence[float], cfg: Any, state: Any) -> None:
         self.models, self._rule, self._weights, self._cfg, self._state = models, rule, weights, cfg, state
+        self._weighted = rule.weighted(cfg)
         self._lock = Lock()
         self._last: tuple[Target, Array] | None = None
 
-    def _compute(self, block: Block) -> Array:
-        """The merged increment of one block, rounded to the dtype of increments."""
-        merged = self._rule.merge(self.models.read_all(block), self._weights, self._cfg, self._state, block)
+    def _compute(self, block: Block, old: Array | None = None) -> Array:
+        """The merged increment of one block, rounded to the dtype of increments. `old`: the base's stored values there, if at hand."""
+        if self._weighted:
+            return self.models.weighted(self._rule.coefficients(self._weights, self._cfg, self._state, block.target), block, old)
+        taus = self.models.read_all(block, old) if self._rule.reads else []
+        merged = self._rule.merge(taus, self._weights, self._cfg, self._state, block)
         return merged.astype(block.target.wide, copy=False)
 
-    def rows(self, block: Block) -> Array:
+    def rows(self, block: Block, old: Array | None = None) -> Array:
         """The merged increment on any rows."""
-        return self._whole(block.target)[block.lo : block.hi] if self._rule.whole and block.target.shape else self._compute(block)
+        return self._whole(block.target)[block.lo : block.hi] if self._rule.whole and block.target.shape else self._compute(block, old)
 
     def parts(self, target: Target) -> Iterator[Array]:
         """The merged increment in order, computed ahead in threads."""
@@ -255,7 +291,7 @@ class Kernel:
 
 
 @dataclass(frozen=True, eq=False)
-class Merged(Tensor):
+class Merged(Relative):
     """The merged increment of one tensor, computed whenever it is read."""
 
     kernel: Kernel
@@ -272,20 +308,23 @@ class Merged(Tensor):
     def blocks(self, size: int = BYTES) -> Iterator[bytes | memoryview]:
         import numpy as np
 
-        for part in self.kernel.parts(self.target):
-            flat = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+        for piece in self.kernel.parts(self.target):
+            flat = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
             for start in range(0, flat.size, size):
                 yield flat[start : start + size].data
 
     def rows(self, lo: int, hi: int) -> Array:
         return self.kernel.rows(Block(self.target, lo, hi))
 
+    def beside(self, lo: int, hi: int, old: Array) -> Array:
+        return self.kernel.rows(Block(self.target, lo, hi), None if self.target.added else old)
+
     def read(self) -> Array:
         import numpy as np
 
         out = np.empty(self.target.size, self.target.wide)
         done = 0
-        for part in self.kernel.parts(self.target):
-            out[done : done + part.size] = part.reshape(-1)
-            done += part.size
+        for piece in self.kernel.parts(self.target):
+            out[done : done + piece.size] = piece.reshape(-1)
+            done += piece.size
         return out.reshape(self.target.shape)

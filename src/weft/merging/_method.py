@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+from ..engine.increments import weighted_sum as weighted_sum
+
 if TYPE_CHECKING:
     import msgspec
     import numpy as np
@@ -28,6 +30,8 @@ class MergeMethod(Generic[C]):
     the tensor's name, the model and `block.start`, so that they do not depend on blocks or threads.
     """
 
+    reads: ClassVar[bool] = True
+    """`merge` is given the increments. A method that reads the models in another way has an empty list instead."""
     whole: ClassVar[bool] = False
     """`merge` needs whole tensors (a decomposition): each block is then a whole tensor."""
 
@@ -55,14 +59,22 @@ class MergeMethod(Generic[C]):
         """The merged increment of one block.
 
         `taus`: one array of `block.shape` for each model in the order of the inputs, float32 (float64 for F64 tensors),
-        zeros where a model changes nothing; never written to. The result is rounded to their dtype by the caller, so compute
-        in float64 and let every entry depend on nothing but its own tensor and `state`.
+        zeros where a model changes nothing; never written to. The result is rounded to their dtype by the caller, so let
+        every entry depend on nothing but its own tensor and `state`. Not asked for where the result is `weighted`.
         """
         raise NotImplementedError
 
     def scale(self, state: Any) -> float:
         """A factor on everything that `merge` gives, stored beside the values so that these stay as they are."""
         return 1.0
+
+    def targets(self, targets: Sequence[Target], state: Any) -> Sequence[Target]:
+        """The tensors that the merged delta changes, given those that the inputs change: more of them, or of a declared new shape."""
+        return targets
+
+    def config(self, state: Any) -> dict[str, Any]:
+        """A patch of the model's config that goes with the result."""
+        return {}
 
     def blobs(self, state: Any) -> dict[str, bytes]:
         """Bookkeeping that goes with the merged delta, by name: what a later merge goes on from."""
@@ -75,25 +87,14 @@ class LinearMethod(MergeMethod[C]):
     def weighted(self, cfg: C) -> bool:
         return True
 
-    def merge(self, taus: list[Array], weights: Sequence[float], cfg: C, state: Any, block: Block) -> Array:
-        return weighted_sum(taus, self.coefficients(weights, cfg, state, block.target))
-
 
 class DataMethod(MergeMethod[C]):
     """A method that looks at data and at the live models: `measure` is called in place of `prepare`."""
 
+    def looks(self, cfg: C) -> bool:
+        """Whether it needs data with this config; without, it is a method like any other."""
+        return True
+
     def measure(self, study: Study, weights: Sequence[float], cfg: C) -> Any:
         """What the models do with their data, as the `state` of `merge`."""
         raise NotImplementedError
-
-
-def weighted_sum(taus: Sequence[Array], coefficients: Sequence[float]) -> Array:
-    """sum_i c_i tau_i in float64, in the order given."""
-    import numpy as np
-
-    total = np.zeros(taus[0].shape)
-    for tau, c in zip(taus, coefficients, strict=True):
-        part = tau.astype(np.float64)
-        part *= c
-        total += part
-    return total

@@ -10,7 +10,8 @@ Yu et al. 2023, arXiv 2311.03099. For models i = 1..n with increments tau_i and 
 trimmed, and the weights take no part in the election. With drop = 0 this is `task-arithmetic`, or `ties` at density 1.
 
 Whether an entry is kept depends on the seed, the tensor's name, the model's place among the inputs and the entry's place
-in the tensor, and on nothing else: u = uniform number `place` of the sequence key(key(seed, name), model), m = [u >= drop].
+in the tensor, and on nothing else: u = 16-bit number `place` of the sequence key(key(seed, name), model), m = [u >= 65,536 drop].
+The rate is therefore rounded to a multiple of 1/65,536, and the factor 1/(1 - drop) is that of the rounded rate.
 So masks are the same for any block, thread and shard, and a model more does not change those of the models before it.
 Tensors with the same bytes in the base have one mask, the one of the first name, because stored copies of a tied tensor
 must stay equal.
@@ -29,14 +30,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 
 from .. import xp
+from .._fused import Election, elected
 from ..methods import method
 from ._method import MergeMethod, weighted_sum
-from .ties import TiesConfig, elected_mean, majority_is_plus
+from .ties import TiesConfig, election, majority_is_plus
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..delta import BaseTensor
     from ..engine.increments import Block, Increments, Target
 
     Array = np.ndarray[Any, Any]
@@ -74,46 +75,47 @@ class Dare(MergeMethod[DareConfig]):
     def weighted(self, cfg: DareConfig) -> bool:
         return cfg.drop == 0 and cfg.signs == "all"
 
-    def coefficients(self, weights: Sequence[float], cfg: DareConfig, state: DareState, target: Target) -> list[float]:
+    def coefficients(self, weights: Sequence[float], cfg: DareConfig, state: Any, target: Target) -> list[float]:
         return [cfg.scale * w for w in weights]
 
     def prepare(self, models: Increments, weights: Sequence[float], cfg: DareConfig) -> DareState:
-        keys = _keys(models, cfg.seed)
+        keys = mask_keys(models, cfg.seed)
         if cfg.signs == "all":
             return DareState(keys)
-        return DareState(keys, majority_is_plus(models, weights, _election(cfg), lambda block, taus: _dropped(taus, keys[block.target.name], cfg, block)))
+        every = [0.0] * len(weights)
+
+        def at(block: Block, taus: list[Array]) -> tuple[Sequence[Array], Election]:
+            kept = masked(taus, keys[block.target.name], cfg.drop, block)
+            return kept, election(kept, weights, _election(cfg), every)
+
+        return DareState(keys, majority_is_plus(models, at))
 
     def merge(self, taus: list[Array], weights: Sequence[float], cfg: DareConfig, state: DareState, block: Block) -> Array:
-        kept = _dropped(taus, state.keys[block.target.name], cfg, block)
-        election = _election(cfg)
+        kept, signs = masked(taus, state.keys[block.target.name], cfg.drop, block), _election(cfg)
         if cfg.signs == "all":
-            return weighted_sum(kept, [election.scale * w for w in weights])
-        return elected_mean(kept, weights, election, state.zero_is_plus)
+            return weighted_sum(kept, [signs.scale * w for w in weights])
+        return elected(kept, election(kept, weights, signs, [0.0] * len(weights), state.zero_is_plus))
 
 
 def _election(cfg: DareConfig) -> TiesConfig:
     """The election and the factor on its result. The factor 1/(1 - drop) is the same for every entry, so it can wait until here."""
-    return TiesConfig(scale=cfg.scale / (1 - cfg.drop), elect="count" if cfg.signs == "count" else "mass")
+    return TiesConfig(scale=cfg.scale / (1 - dropped(cfg.drop) / 65536), elect="count" if cfg.signs == "count" else "mass")
 
 
-def _keys(models: Increments, seed: int) -> dict[str, list[int]]:
+def mask_keys(models: Increments, seed: int) -> dict[str, list[int]]:
     """The sequence of random numbers of each tensor and model."""
-    import hashlib
-
-    first: dict[BaseTensor, str] = {}
-    keys = {}
-    for name, target in models.targets.items():
-        shared = name if target.base is None else first.setdefault(target.base, name)
-        word = int.from_bytes(hashlib.sha256(shared.encode("utf-8", "surrogatepass")).digest()[:8], "big")
-        keys[name] = [xp.key(xp.key(seed, word), number) for number in range(len(models.updates))]
-    return keys
+    first = models.twins()
+    return {name: [xp.key(xp.named_key(seed, first.get(name, name)), number) for number in range(len(models.updates))] for name in models.targets}
 
 
-def _dropped(taus: Sequence[Array], keys: Sequence[int], cfg: DareConfig, block: Block) -> list[Array]:
-    """m_i tau_i in float64."""
+def masked(taus: Sequence[Array], keys: Sequence[int], drop: float, block: Block) -> list[Array]:
+    """m_i tau_i, for increments on a block and their sequences of random numbers."""
     import numpy as np
 
-    like = np.zeros(0)
-    return [
-        tau.astype(np.float64) * (xp.uniforms(like, key, block.start, tau.size) >= cfg.drop).reshape(tau.shape) for tau, key in zip(taus, keys, strict=True)
-    ]
+    count = dropped(drop)
+    return [np.asarray(tau * (xp.sixteen_bits(key, block.start, tau.size) >= count).reshape(tau.shape)) for tau, key in zip(taus, keys, strict=True)]
+
+
+def dropped(drop: float) -> int:
+    """How many of 65,536 entries are dropped: the rate that is used is this over 65,536."""
+    return min(round(drop * 65536), 65535)

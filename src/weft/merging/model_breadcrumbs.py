@@ -18,14 +18,14 @@ scalars alone; here that follows. The paper finds `scale` on validation data, ab
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from math import inf
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
-from ..engine.select import kth_largest_magnitude
+from ..engine.select import largest_magnitudes
 from ..engine.stream import in_threads
 from ..methods import method
 from ._method import MergeMethod, weighted_sum
@@ -79,18 +79,15 @@ def _coefficients(weights: Sequence[float], cfg: ModelBreadcrumbsConfig) -> list
 def _limits(models: Increments, target: Target, cfg: ModelBreadcrumbsConfig) -> list[Limits]:
     """The limits of each model on one tensor; (0, 0) where it changes nothing."""
 
-    def blocks(number: int) -> Iterator[Array]:
-        return (models.read(number, block) for block in target.blocks(models.block_size))
-
     outliers = min(int(cfg.top * target.size), max(0, target.size - 1))  # a share just below 1 can round to all
     last = min(outliers + max(1, int(cfg.density * target.size)), target.size)
 
     def limits(number: int) -> Limits:
         if not target.size or not models.touches(number, target.name):
             return 0.0, 0.0
-        low = kth_largest_magnitude(partial(blocks, number), last).value if last < target.size else 0.0
-        high = kth_largest_magnitude(partial(blocks, number), outliers + 1).value if outliers else inf
-        return float(low), float(high)
+        ranks = [last] * (last < target.size) + [outliers + 1] * (outliers > 0)
+        found = dict(zip(ranks, largest_magnitudes(models.each(number, target), ranks, target.size), strict=True))
+        return float(found[last].value) if last in found else 0.0, float(found[outliers + 1].value) if outliers else inf
 
     return [limits(number) for number in range(len(models.updates))]
 

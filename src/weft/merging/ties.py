@@ -17,19 +17,20 @@ Yadav et al. 2023, arXiv 2306.01708. For models i = 1..n with increments tau_i a
    `normalize` divides by sum_{i in A_j} w_i instead of |A_j|.
 
 The paper has no weights. mergekit's variant is trim = "tensor", elect_weighted and normalize together (but there a tie of
-signs is always plus). Sums are float64 in the order of the inputs, rounded once.
+signs is always plus). Arithmetic is float32 (float64 for F64 tensors), sums in the order of the inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
-from ..engine.select import kth_largest_magnitude
+from .._fused import Election, balance, elected
+from ..engine.select import Over, largest_magnitudes
 from ..engine.stream import in_threads
 from ..methods import method
 from ._method import MergeMethod
@@ -77,78 +78,43 @@ class Ties(MergeMethod[TiesConfig]):
 
     def prepare(self, models: Increments, weights: Sequence[float], cfg: TiesConfig) -> TiesState:
         thresholds = _thresholds(models, cfg)
-        return TiesState(thresholds, majority_is_plus(models, weights, cfg, lambda block, taus: _trimmed(taus, thresholds[block.target.name])))
+        return TiesState(thresholds, majority_is_plus(models, lambda block, taus: (taus, election(taus, weights, cfg, thresholds[block.target.name]))))
 
     def merge(self, taus: list[Array], weights: Sequence[float], cfg: TiesConfig, state: TiesState, block: Block) -> Array:
-        return elected_mean(_trimmed(taus, state.thresholds[block.target.name]), weights, cfg, state.zero_is_plus)
+        return elected(taus, election(taus, weights, cfg, state.thresholds[block.target.name], state.zero_is_plus))
 
 
-def majority_is_plus(models: Increments, weights: Sequence[float], cfg: TiesConfig, sparse: Callable[[Block, list[Array]], list[Array]]) -> bool:
-    """Whether m > 0 at more entries of the whole model than m < 0 (step 2). `sparse(block, taus)`: the t_i of a block, in float64."""
-    if len(weights) == 1:  # one model cannot cancel itself
-        return False
-
-    def count(block: Block, taus: list[Array]) -> int:
-        import numpy as np
-
-        mass = _mass(sparse(block, taus), weights, cfg)
-        return int(np.count_nonzero(mass > 0)) - int(np.count_nonzero(mass < 0))
-
-    return sum(models.map(count)) > 0
-
-
-def elected_mean(sparse: Sequence[Array], weights: Sequence[float], cfg: TiesConfig, zero_is_plus: bool) -> Array:
-    """Steps 2 and 3 on one block of t_1..t_n in float64."""
+def election(taus: Sequence[Array], weights: Sequence[float], cfg: TiesConfig, least: Sequence[float], zero_is_plus: bool = False) -> Election:
+    """Steps 2 and 3 on one block of tau_1..tau_n, of which entries below `least` count as 0."""
     import numpy as np
 
-    mass = _mass(sparse, weights, cfg)
-    plus = mass >= 0 if zero_is_plus else mass > 0
-    total, divisor = np.zeros(mass.shape), np.zeros(mass.shape)
-    for tau, w in zip(sparse, weights, strict=True):
-        vote = _vote(tau, w, cfg)
-        agrees = ((vote > 0) == plus) & (vote != 0)
-        total += (cfg.scale * w) * tau * agrees
-        divisor += w * agrees if cfg.normalize else agrees
-    return np.asarray(total / (divisor + (divisor == 0)))
+    votes = list(weights) if cfg.elect_weighted else [1.0] * len(weights)
+    ballots = None
+    if cfg.elect == "count":
+        votes, ballots = [float(np.sign(w)) for w in votes], [np.asarray(np.sign(tau)) for tau in taus]
+    shares = list(weights) if cfg.normalize else [1.0] * len(weights)
+    return Election(least, votes, [cfg.scale * w for w in weights], shares, zero_is_plus, ballots)
+
+
+def majority_is_plus(models: Increments, at: Callable[[Block, list[Array]], tuple[Sequence[Array], Election]]) -> bool:
+    """Whether m > 0 at more entries of the whole model than m < 0 (step 2). `at(block, taus)`: increments and election of a block."""
+    if len(models.updates) == 1:  # one model cannot cancel itself
+        return False
+    return sum(models.map(lambda block, taus: balance(*at(block, taus)))) > 0
 
 
 def _thresholds(models: Increments, cfg: TiesConfig) -> dict[str, list[float]]:
     """h_i of every tensor; infinity where a model changes nothing."""
     if cfg.trim == "global":
-        each = [_threshold(partial(models.stream, i), models.size(i), cfg) for i in range(len(models.updates))]
+        each = [_threshold(models.each(i), models.size(i), cfg) for i in range(len(models.updates))]
         return dict.fromkeys(models.targets, each)
     found = in_threads((partial(_of_tensor, models, target, cfg) for target in models.targets.values()), models.threads)
     return dict(zip(models.targets, found, strict=True))
 
 
 def _of_tensor(models: Increments, target: Target, cfg: TiesConfig) -> list[float]:
-    def blocks(i: int) -> Iterator[Array]:
-        return (models.read(i, block) for block in target.blocks(models.block_size))
-
-    return [_threshold(partial(blocks, i), target.size if models.touches(i, target.name) else 0, cfg) for i in range(len(models.updates))]
+    return [_threshold(models.each(i, target), target.size if models.touches(i, target.name) else 0, cfg) for i in range(len(models.updates))]
 
 
-def _threshold(blocks: Callable[[], Iterable[Array]], size: int, cfg: TiesConfig) -> float:
-    return float(kth_largest_magnitude(blocks, max(1, int(cfg.density * size))).value) if size else float("inf")
-
-
-def _trimmed(taus: Sequence[Array], thresholds: Sequence[float]) -> list[Array]:
-    """The increments in float64, 0 below the threshold."""
-    import numpy as np
-
-    kept = (abs(tau).astype(np.float32, copy=False) >= np.float32(h) for tau, h in zip(taus, thresholds, strict=True))
-    return [tau.astype(np.float64) * keep for tau, keep in zip(taus, kept, strict=True)]  # times 0 or 1: many times faster than choosing
-
-
-def _vote(tau: Array, weight: float, cfg: TiesConfig) -> Array:
-    return weight * tau if cfg.elect_weighted else tau
-
-
-def _mass(trimmed: Sequence[Array], weights: Sequence[float], cfg: TiesConfig) -> Array:
-    import numpy as np
-
-    mass = np.zeros(trimmed[0].shape)
-    for tau, w in zip(trimmed, weights, strict=True):
-        vote = _vote(tau, w, cfg)
-        mass += np.sign(vote) if cfg.elect == "count" else vote
-    return mass
+def _threshold(over: Over, size: int, cfg: TiesConfig) -> float:
+    return float(largest_magnitudes(over, [max(1, int(cfg.density * size))], size)[0].value) if size else float("inf")

@@ -30,6 +30,10 @@ class Assign(Op):
         if t["values"].shape != want:
             raise ValueError(f"field values: expected shape {list(want)}, got {list(t['values'].shape)}")
 
+    def check_stored(self, dtype: str, cfg: Config, t: Mapping[str, Info]) -> None:
+        if t["values"].dtype != dtype:
+            raise ValueError(f"field values: the target is {dtype}, got {t['values'].dtype}")
+
     def init(self, shape: Shape, gen: Generator) -> dict[str, Any]:
         import numpy as np
 

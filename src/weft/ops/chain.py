@@ -11,6 +11,7 @@ from math import prod
 from typing import Any
 
 from .. import xp
+from ..errors import MismatchError
 from ..stored import FLOATS, Tensor, dtype_code
 from . import get as op_named
 from .op import Array, Config, Info, Shape
@@ -58,6 +59,8 @@ def apply_op(w: Array, entry: OpEntry, get: Get) -> Array:
 
 def apply_chain(w: Array, ops: Iterable[OpEntry], get: Get) -> Array:
     """All ops in order on w (float32 or float64), without the final rounding to a stored dtype."""
+    ops = tuple(ops)
+    require_first(ops)
     for entry in ops:
         w = apply_op(w, entry, get)
     return w
@@ -70,13 +73,14 @@ def _is_raw(entry: OpEntry) -> bool:
 def rewrite(stored: Array, ops: Sequence[OpEntry], get: Get) -> Array:
     """The new stored array: widened, ops in order, one rounding to nearest even; untouched entries keep their bytes.
 
-    Trailing `assign`s act on the stored values themselves, so they replay any dtype and any NaN exactly. Call this
+    Trailing raw ops (`assign`, `xor`) act on the stored values themselves, so they replay any dtype and any NaN exactly. Call this
     inside `xp.exact()` when the arrays are torch tensors.
     """
+    require_first(ops)
     last = len(ops)
     while last and _is_raw(ops[last - 1]):
         last -= 1
-    whole = next((k for k in reversed(range(len(ops))) if _is_raw(ops[k]) and "index" not in ops[k].t and ops[k].at is None), None)
+    whole = next((k for k in reversed(range(len(ops))) if _is_raw(ops[k]) and set(ops[k].t) == {"values"} and ops[k].at is None), None)
     start = 0
     if whole is not None:  # a whole-tensor assign forgets what was before it
         stored = _apply_raw(stored, ops[whole], get)
@@ -106,6 +110,19 @@ def _apply_raw(stored: Array, entry: OpEntry, get: Get) -> Array:
     return entry.at.set(stored, new) if entry.at is not None else new
 
 
+def require_first(ops: Iterable[OpEntry], untouched: bool = True) -> None:
+    """MismatchError if an op that must be the first on its tensor is not. `untouched`: nothing has changed the tensor before."""
+    for number, entry in enumerate(ops):
+        here = untouched and not number
+        for term in entry.terms:
+            require_first(term.ops, here)
+        if not here and entry.op != SUM and op_named(entry.op).first:
+            raise MismatchError(
+                f"{entry.op!r} must be the first op on its tensor: it says which bits of the base differ",
+                hint="put its delta first, or fold it into a checkpoint of its own",
+            )
+
+
 def validate(shape: Shape, dtype: str, entry: OpEntry, info: Mapping[str, Info]) -> None:
     """Check one op entry against a target of `shape` and `dtype` from headers alone. Raises ValueError."""
     view = entry.at.shape(shape) if entry.at is not None else shape
@@ -124,9 +141,9 @@ def validate(shape: Shape, dtype: str, entry: OpEntry, info: Mapping[str, Info])
     fields: dict[str, Info] = {}
     for field, ref in entry.t.items():
         fields[field] = _Shape(info[ref.key].dtype, _taken(ref, info)) if ref.take else info[ref.key]
-    if op.raw and "values" in fields and fields["values"].dtype != dtype:
-        raise ValueError(f"field values: the target is {dtype}, got {fields['values'].dtype}")
     op.validate(view, entry.cfg, fields)
+    if op.raw:
+        op.check_stored(dtype, op.config(entry.cfg), fields)
 
 
 class _Shape:

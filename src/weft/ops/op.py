@@ -92,6 +92,8 @@ class Op:
     """With `by_rows`: the fields whose own first axis follows the rows; the others are used whole."""
     raw: ClassVar[bool] = False
     """Works on stored values of any dtype, without arithmetic (`assign`)."""
+    first: ClassVar[bool] = False
+    """Must be the first op on its tensor: it speaks of the base's own stored values (`xor`)."""
     trainable: ClassVar[tuple[str, ...] | None] = None
     """Fields with gradients; None means every floating-point field."""
     drops: ClassVar[bool] = False
@@ -122,6 +124,9 @@ class Op:
     def check(self, shape: Shape, cfg: Config, t: Mapping[str, Info]) -> None:
         """Raise ValueError (field, expected, got) unless the tensors fit a target of `shape`."""
         raise NotImplementedError
+
+    def check_stored(self, dtype: str, cfg: Config, t: Mapping[str, Info]) -> None:
+        """For `raw` ops: raise ValueError unless the op fits a target stored as `dtype`."""
 
     def init(self, shape: Shape, gen: Generator) -> dict[str, np.ndarray[Any, Any]]:
         """Tensors to start from, for a target of `shape`; ops may take more keyword arguments (rank, ...)."""

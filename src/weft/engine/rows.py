@@ -1,12 +1,12 @@
-"""Rows of data as token ids with what is to be predicted: labels of texts, or the next tokens."""
+"""Rows of data as token ids with what is to be predicted: labels of texts, or the next tokens; and which models predict them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..engine.data import IGNORE, Example, Row, field, opened
 from ..errors import InputError, near
+from .data import IGNORE, Example, Row, field, opened
 
 FIELDS = {"classification": '{"text", "label"}', "text": '{"text"}', "completion": '{"prompt", "completion"}'}
 """The fields of rows of each kind."""
@@ -44,6 +44,12 @@ class Encoder:
         self.cut += sum(len(ids) > self._most for ids in whole)
         return self._tokenizer(list(texts), truncation=True, max_length=self._most)["input_ids"] if self.cut else whole
 
+    def classified(self, rows: Sequence[Row], config: Mapping[str, Any], classes: int) -> list[Example]:
+        """{"text", "label"}: one label of a model's own for each text."""
+        labels = label_ids(rows, config, classes)
+        texts = self.texts([field(row, "text", number) for number, row in enumerate(rows)])
+        return [{"input_ids": ids, "labels": label} for ids, label in zip(texts, labels, strict=True)]
+
     def language(self, rows: Sequence[Row]) -> list[Example]:
         """{"text"}: every token but the first is predicted. No end token is added: the text itself is measured."""
         encoded = self.texts([field(row, "text", number) for number, row in enumerate(rows)])
@@ -68,6 +74,16 @@ def _predictable(examples: list[Example]) -> list[Example]:
         which = f"row {empty[0]}" if len(empty) == 1 else f"{len(empty)} rows ({', '.join(map(str, empty[:8]))}{', ...' if len(empty) > 8 else ''})"
         raise InputError(f"{which} of the data: no token to predict, as a first token needs one before it", hint="leave such rows out")
     return examples
+
+
+def has_head(model: Any, task: str) -> bool:
+    """Whether transformers lists the model's class for a task, "SEQUENCE_CLASSIFICATION" or "CAUSAL_LM"."""
+    from transformers.models.auto import modeling_auto
+
+    names: set[str] = set()
+    for value in getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES").values():
+        names.update([value] if isinstance(value, str) else value)
+    return type(model).__name__ in names
 
 
 def label_ids(rows: Sequence[Row], config: Mapping[str, Any], classes: int) -> list[int]:
