@@ -292,7 +292,7 @@ def test_report(tmp_path: Path, rng: np.random.Generator) -> None:
     old = w.astype(np.float64)
     found = report.tensors["w"]
     assert found.entries == 1200 and found.changed == int((new != old).sum()) and 0 < found.changed < 1200
-    assert found.relative == pytest.approx(np.linalg.norm(new - old) / np.linalg.norm(old), rel=1e-12)
+    assert found.relative == pytest.approx(np.linalg.norm(new - old) / np.linalg.norm(old), rel=1e-6)  # the digits that are promised
     assert report.lost == ["far"] and report.tensors["far"].relative == 0.0
     whole = np.sqrt((old**2).sum() + 5e18)
     assert report.relative == pytest.approx(np.linalg.norm(new - old) / whole, rel=1e-12)

@@ -8,8 +8,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from weft import _fused
-from weft._fused import Election
+from weft import _fused, stored
+from weft._fused import Combination
+from weft.engine import select
+from weft.file import container_header
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 LENGTHS = [0, 1, 15, 16, 17, 1023, 1024, 1025, 5000]
@@ -33,26 +35,136 @@ def numbers(rng: np.random.Generator, count: int, dtype: Any, size: float = 1.0)
     return x.astype(dtype)
 
 
+N = 3
+RULES = {
+    "sum": Combination([0.3, -1.0, 0.0]),
+    "between": Combination([0.5, 2.0, 1.0], least=[0.1, 0.0, 0.5], most=[2.0, 1.0, float("inf")]),
+    "masked": Combination([1.25, 1.0, -0.5], keys=[7, 2**64 - 1, 12345678901234567890], dropped=30_000),
+    "mass": Combination([0.3, 0.7, -1.0], least=[0.5, 0.75, 0.0], votes=[1.0, 1.0, 1.0], zero_is_plus=True),
+    "weighted mass": Combination([0.3, 0.7, 1.0], votes=[1.0, -2.0, 0.5], shares=[1.0, 2.0, 0.5]),
+    "count": Combination([1.0, 1.0, 1.0], least=[0.25, 0.25, 0.25], votes=[1.0, -1.0, 1.0], by_count=True),
+    "masked count": Combination([1.0, 1.0, 1.0], keys=[1, 2, 3], dropped=13_107, votes=[1.0, 1.0, 1.0], by_count=True, zero_is_plus=True),
+}
+
+
+def slow(taus: list[Any], rule: Combination, start: int, j: int) -> tuple[float, int]:
+    """One entry of a combination in Python's floats, and the sign of the election's sum."""
+    kept = []
+    for k, tau in enumerate(taus):
+        t = float(tau[j])
+        size = abs(np.float32(t))
+        if (rule.least and size < np.float32(rule.least[k])) or (rule.most and size > np.float32(rule.most[k])):
+            t = 0.0
+        if rule.keys:
+            z = (rule.keys[k] + ((start + j) // 4 + 1) * 0x9E3779B97F4A7C15) & (2**64 - 1)
+            z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+            z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+            z ^= z >> 31
+            if z >> 16 * ((start + j) % 4) & 0xFFFF < rule.dropped:
+                t = 0.0
+        kept.append(t)
+    if rule.votes is None:
+        return sum(f * t for f, t in zip(rule.factors, kept, strict=True)), 0
+    votes = [vote * (np.sign(t) if rule.by_count else t) for vote, t in zip(rule.votes, kept, strict=True)]
+    mass = sum(votes)
+    sign = np.sign(mass) or (1 if rule.zero_is_plus else -1)
+    agree = [k for k in range(len(kept)) if votes[k] * sign > 0]
+    return sum(rule.factors[k] * kept[k] for k in agree) / (sum((rule.shares or [1] * N)[k] for k in agree) or 1), int(np.sign(mass))
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize("start", [0, 5])
+def test_what_a_combination_means(rule, start):
+    rng = np.random.default_rng(1)
+    taus = [np.round(4 * rng.standard_normal(500)) / 4 for _ in range(N)]  # coarse, so that sums cancel
+    wanted = [slow(taus, rule, start, j) for j in range(500)]
+    np.testing.assert_allclose(_fused.combined(taus, rule, start), [w for w, _ in wanted], rtol=1e-12, atol=1e-12)
+    if rule.votes is not None:
+        assert _fused.balance(taus, rule, start) == sum(sign for _, sign in wanted) != 0
+        assert any(sign == 0 and any(tau[j] for tau in taus) for j, (_, sign) in enumerate(wanted))
+
+
 @needs_compiler
 @pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float32)], ids=str)
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 @pytest.mark.parametrize("count", LENGTHS)
-def test_weighted(monkeypatch, dtype, count):
+def test_combined(monkeypatch, dtype, rule, count):
     rng = np.random.default_rng(count)
-    old, *models = (numbers(rng, count, dtype) for _ in range(4))
-    c = [0.3, -1.0, 0.0]
-    fast, slow = both(monkeypatch, lambda: _fused.weighted(old, models, c))
-    assert fast.dtype == np.float32 and fast.tobytes() == slow.tobytes()
-    want = sum(x * (m.astype(np.float64) - old.astype(np.float64)) for x, m in zip(c, models, strict=True))
-    np.testing.assert_allclose(fast, want, rtol=1e-5, atol=1e-5)
+    old, *models = (numbers(rng, count, dtype) for _ in range(N + 1))
+    models[1][: count // 2] = old[: count // 2]
+    for start in (0, 3):
+        fast, plain = both(monkeypatch, lambda start=start: _fused.combined_stored(old, models, rule, start))
+        assert fast.dtype == np.float32 and fast.tobytes() == plain.tobytes()
 
 
 @needs_compiler
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("place", [0, 1500])
-def test_weighted_tells_what_is_not_finite(monkeypatch, bad, place):
+def test_combined_tells_what_is_not_finite(monkeypatch, bad, place):
     old, model = np.ones(2000, BF16), np.full(2000, 2, BF16)
     model[place] = bad
-    assert both(monkeypatch, lambda: _fused.weighted(old, [old, model], [1.0, 0.5])) == (None, None)
+    for rule in (Combination([1.0, 0.5]), Combination([1.0, 1.0], votes=[1.0, 1.0])):
+        assert both(monkeypatch, lambda rule=rule: _fused.combined_stored(old, [old, model], rule)) == (None, None)
+
+
+def on_disk(path, values):
+    tensor = stored.Held(values)
+    path.write_bytes(container_header({"w": tensor}, ["w"], {}) + values.tobytes())
+    return stored.read_container(path)[0]["w"]
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float32)], ids=str)
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_files_into_a_file(tmp_path, dtype, rule):
+    """More than two of the pieces that are read at a time, from the middle of a tensor on."""
+    rng = np.random.default_rng(2)
+    arrays = [numbers(rng, 80_001, dtype) for _ in range(N + 1)]
+    files = [on_disk(tmp_path / f"{k}.safetensors", array) for k, array in enumerate(arrays)]
+    start, count = 1_003, 78_000
+    old, *models = (array[start : start + count] for array in arrays)
+    want = _fused.settled(old, _fused.combined_stored(old, models, rule, start))
+    with open(tmp_path / "out", "w+b") as out:
+        found = _fused.merged_files(files[0], files[1:], rule, start, count, (out.fileno(), 11))
+        assert out.read() == bytes(11) + want.new.tobytes()
+    assert found.changed == want.changed > 1000
+    np.testing.assert_allclose([found.moved, found.norm], [want.moved, want.norm], rtol=1e-6)
+    if rule.votes is not None:
+        taus = [model.astype(np.float32) - old.astype(np.float32) for model in models]
+        assert found.balance == _fused.balance(taus, rule, start) == _fused.merged_files(files[0], files[1:], rule, start, count, None).balance
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float32)], ids=str)
+def test_near_from_files(tmp_path, dtype):
+    rng = np.random.default_rng(5)
+    old, new = numbers(rng, 80_001, dtype), numbers(rng, 80_001, dtype)
+    base, model = on_disk(tmp_path / "base", old), on_disk(tmp_path / "model", new)
+    tau = (new.astype(np.float32) - old.astype(np.float32))[77:70_077]
+    some = np.sort(abs(tau))
+    brackets = [(some[60_000], some[63_000]), (some[0], some[9]), (0.0, np.float32("inf")), (some[50_000], some[50_000])]
+    for got, want in zip(_fused.near_files(base, model, brackets, 77, 70_000), select.near(brackets, tau), strict=True):
+        assert got[:3] == want[:3] and (got.inner is None) == (want.inner is None)
+        if want.inner is not None:
+            assert np.array_equal(got.inner, want.inner)
+    assert _fused.near_files(base, model, brackets, 77, 70_000)[2].inner is None
+
+
+@needs_compiler
+def test_what_files_cannot_give(tmp_path):
+    rng = np.random.default_rng(3)
+    base, model = (on_disk(tmp_path / name, numbers(rng, 5000, np.float32)) for name in ("base", "model"))
+    half = on_disk(tmp_path / "half", numbers(rng, 5000, np.float16))
+    rule = Combination([1.0])
+    assert _fused.merged_files(base, [half], rule, 0, 5000, None) is None and _fused.merged_files(half, [half], rule, 0, 5000, None) is None
+    odd = numbers(rng, 5000, np.float32)
+    odd[4000] = np.nan
+    model_with_nan = on_disk(tmp_path / "odd", odd)
+    assert _fused.merged_files(base, [model_with_nan], rule, 0, 5000, None) is None and _fused.near_files(base, model_with_nan, [(0.0, 1.0)], 0, 5000) is None
+    with open(tmp_path / "out", "wb") as out, pytest.raises(OSError, match="ended early"):
+        _fused.merged_files(base, [model], rule, 4000, 5000, (out.fileno(), 0))
+    with open(tmp_path / "model", "rb") as shut, pytest.raises(OSError, match="Bad file descriptor"):
+        _fused.merged_files(base, [model], rule, 0, 5000, (shut.fileno(), 0))
 
 
 @needs_compiler
@@ -85,36 +197,11 @@ def test_norms(monkeypatch, dtype):
         np.testing.assert_allclose([found.moved, found.norm], [step @ step, (old.astype(np.float64) ** 2).sum()], rtol=1e-6)
 
 
-@needs_compiler
-@pytest.mark.parametrize("count", LENGTHS)
-@pytest.mark.parametrize("zero_is_plus", [True, False])
-@pytest.mark.parametrize("separate", [True, False])
-def test_elected(monkeypatch, count, zero_is_plus, separate):
-    rng = np.random.default_rng(count)
-    taus = [np.round(4 * rng.standard_normal(count)).astype(np.float32) / 4 for _ in range(3)]  # coarse, so that sums cancel
-    election = Election(
-        [0.5, 0.75, 0.0], [1.0, -2.0, 0.5], [0.3, 0.7, -1.0], [1.0, 2.0, 0.5], zero_is_plus, [np.sign(tau) for tau in taus] if separate else None
-    )
-    fast, slow = both(monkeypatch, lambda: (_fused.elected(taus, election), _fused.balance(taus, election)))
-    assert fast[0].tobytes() == slow[0].tobytes() and fast[1] == slow[1]
-    wide, balance = _fused.elected([tau.astype(np.float64) for tau in taus], election), 0
-    for j in range(count):
-        kept = [float(tau[j]) if abs(tau[j]) >= h else 0.0 for tau, h in zip(taus, election.least, strict=True)]
-        votes = [e * (np.sign(t) if separate else t) for t, e in zip(kept, election.votes, strict=True)]
-        mass = sum(votes)
-        balance += int(np.sign(mass))
-        sign = np.sign(mass) or (1 if zero_is_plus else -1)
-        agree = [k for k in range(3) if votes[k] * sign > 0]
-        want = sum(election.factors[k] * kept[k] for k in agree) / (sum(election.shares[k] for k in agree) or 1)
-        assert abs(fast[0][j] - want) < 1e-5 and abs(wide[j] - want) < 1e-12
-    assert fast[1] == balance
-
-
 def test_other_dtypes_and_gaps_are_numpys(monkeypatch):
     rng = np.random.default_rng(1)
     old = rng.standard_normal((6, 8)).astype(np.float16)
     found = _fused.settled(old, np.full((6, 8), 0.5, np.float32))
     assert found.new.tobytes() == (old.astype(np.float32) + np.float32(0.5)).astype(np.float16).tobytes() and found.changed > 40
     grid = rng.standard_normal((6, 8)).astype(np.float32)
-    part, whole = _fused.weighted(grid[:, ::2], [grid[:, 1::2]], [2.0]), 2 * (grid[:, 1::2] - grid[:, ::2])
+    part, whole = _fused.combined_stored(grid[:, ::2], [grid[:, 1::2]], Combination([2.0])), 2 * (grid[:, 1::2] - grid[:, ::2])
     assert part is not None and part.tobytes() == np.ascontiguousarray(whole).tobytes()

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import _fused
-from ._write import atomic_file, atomic_folder
+from ._write import atomic_file, atomic_folder, require_space
 from .base import INDEX, PICKLES, WEIGHTS, merge_patch
 from .delta import Delta, Entry
 from .engine.stream import BLOCK, Fields, in_threads, one_blas_thread, reuse_memory, row_blocks
-from .errors import FormatError, InputError, MismatchError, UsageError, WeftError
+from .errors import FormatError, InputError, MismatchError, UsageError
 from .file import _order, container_header
 from .ops import OpEntry, chain
 from .ops import get as op_named
@@ -56,7 +56,7 @@ class Changed:
 
     entries: its number of entries (of the removed tensor, where `change` is "remove")
     changed: how many have other bits than before, after rounding; all of them where `change` is set
-    norm:    ||w||, moved: ||w' - w||, both in float64; None where `change` is set, or the dtype is not floating point
+    norm:    ||w||, moved: ||w' - w||, good to six digits; None where `change` is set, or the dtype is not floating point
     change:  "add", "replace", "copy", "remove", or None for a tensor changed in place
     """
 
@@ -184,13 +184,13 @@ def folded(
     if out.suffix == ".safetensors":
         _require_one_file(base, out, config != base.config)
         with atomic_file(out) as handle:
-            _require_space(out, shards[0].size)
+            require_space(out, shards[0].size)
             found = work.run(shards, [handle.fileno()])
             report = _report(out, base, entries, found, work.total, False, allow_noop)
     else:
         with atomic_folder(out) as folder, ExitStack() as stack:
             others = list(_others(base))
-            _require_space(out, sum(shard.size for shard in shards) + sum(path.stat().st_size for path, _ in others))
+            require_space(out, sum(shard.size for shard in shards) + sum(path.stat().st_size for path, _ in others))
             fds = []
             for shard in shards:
                 fds.append(os.open(folder / shard.file.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
@@ -361,12 +361,6 @@ def _require_one_file(base: Base, out: Path, config_changed: bool) -> None:
         raise InputError(f"{out} is the base itself, which is never changed", hint="choose another name")
 
 
-def _require_space(out: Path, needed: int) -> None:
-    free = shutil.disk_usage(out.parent).free
-    if needed > free:
-        raise WeftError(f"cannot write {out}: it needs {needed:,} bytes, {free:,} are free; nothing was changed", hint="make room, or name another disk")
-
-
 # --- doing it
 
 
@@ -469,6 +463,10 @@ class _Work:
         assert item.source is not None
         found = _Found()
         row = prod(item.shape[1:]) * ITEMSIZE[item.dtype]
+        done = values.write(lo, hi, (fd, item.offset + lo * row)) if isinstance(values, Relative) and item.change is None else None
+        if done is not None:
+            found.add(done.changed, done.moved, done.norm)
+            return (hi - lo) * row, item.name, found
         for start, stop in row_blocks(item.shape, self.block, lo, hi):
             old = item.source.rows(start, stop)
             by = values.beside(start, stop, old) if isinstance(values, Relative) else values.rows(start, stop)

@@ -250,6 +250,10 @@ class Computed(Tensor):
 class Relative(Tensor):
     """A tensor of increments that are made of the base's values: whoever has read those may hand them over."""
 
+    def write(self, lo: int, hi: int, out: tuple[int, int]) -> Any:
+        """base + increment on some rows into a file (its descriptor, and the position there): what was found; None where it takes `beside`."""
+        return None
+
     def beside(self, lo: int, hi: int, old: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """`rows(lo, hi)` (of a scalar: all of it), `old` being the base's stored values there."""
         raise NotImplementedError

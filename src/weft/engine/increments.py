@@ -21,7 +21,8 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .. import _fused, xp
+from .. import xp
+from .._fused import Combination, Merged, Near, balance, combined, combined_stored, merged_files, near_files
 from ..base import Base
 from ..delta import BaseTensor, Change, Delta, Entry, merge_patches
 from ..errors import InputError, MismatchError, UsageError
@@ -30,8 +31,8 @@ from ..folding import with_tied
 from ..ops import chain
 from ..ops import get as op_named
 from ..ops.spec import Json, OpEntry
-from ..stored import FLOATS, Tensor, read_container
-from .select import Over
+from ..stored import FLOATS, Stored, Tensor, read_container
+from .select import Brackets, Close, Over, near
 from .stream import BLOCK, Fields, in_threads, row_blocks
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ class _Checkpoint:
         """theta - theta_0; `old`: the base's stored values there, if they have been read already."""
         before = stored_rows(self.base.tensors[block.target.name], block) if old is None else old
         after = stored_rows(self.ckpt.tensors[block.target.name], block)
-        if block.target.wide == "float32" and (out := _fused.weighted(before, [after], [1.0])) is not None:
+        if block.target.wide == "float32" and (out := combined_stored(before, [after], Combination([1.0]))) is not None:
             return out
         return _difference(xp.cast(after, block.target.wide), xp.cast(before, block.target.wide), block, self.label)
 
@@ -510,18 +511,50 @@ class Increments:
             old = stored_rows(self.base.tensors[name], block)  # once for all
         return [self.read(number, block, old) for number in range(len(self.updates))]
 
-    def weighted(self, coefficients: Sequence[float], block: Block, old: Array | None = None) -> Array:
-        """sum_i c_i tau_i in the dtype of increments, in order: each product is rounded, then each sum."""
+    def combined(self, rule: Combination, block: Block, old: Array | None = None) -> Array:
+        """The combination of all updates on a block, in the dtype of increments. `old`: the base's stored values there, if at hand."""
         name = block.target.name
-        movers = [(model, c) for model, claims, c in zip(self._models, self._touched, coefficients, strict=True) if name in claims]
-        if block.target.wide == "float32" and movers and all(isinstance(model, _Checkpoint) for model, _ in movers) and self.base is not None:
-            before = stored_rows(self.base.tensors[name], block) if old is None else old
-            after = [stored_rows(model.ckpt.tensors[name], block) for model, _ in movers if isinstance(model, _Checkpoint)]
-            out = _fused.weighted(before, after, [c for _, c in movers])
+        movers = self._movers(name)
+        rule = rule.only(movers)
+        ckpts = self._checkpoints(name, movers)
+        if block.target.wide == "float32" and ckpts and self.base is not None:
+            old = stored_rows(self.base.tensors[name], block) if old is None else old
+            out = combined_stored(old, [stored_rows(ckpt, block) for ckpt in ckpts], rule, block.start)
             if out is not None:
                 return out
-            old = before
-        return weighted_sum([self.read(number, block, old) for number in range(len(self.updates)) if self.touches(number, name)], [c for _, c in movers])
+        return combined([self.read(number, block, old) for number in movers], rule, block.start)
+
+    def merged(self, rule: Combination, target: Target, lo: int, hi: int, out: tuple[int, int] | None = None) -> Merged | None:
+        """base + combination on some rows, from the files of checkpoints into a file; None where that cannot be (`_fused.merged_files`)."""
+        movers = self._movers(target.name)
+        ckpts = self._checkpoints(target.name, movers)
+        base = self.base.tensors.get(target.name) if self.base is not None else None
+        if not isinstance(base, Stored) or not ckpts or not all(isinstance(each, Stored) for each in ckpts):
+            return None
+        row = target.size // target.rows
+        return merged_files(base, [each for each in ckpts if isinstance(each, Stored)], rule.only(movers), lo * row, (hi - lo) * row, out)
+
+    def balance(self, rule: Callable[[Target], Combination]) -> int:
+        """At how many entries of all tensors plus wins the election of a combination, less those at which minus does."""
+        jobs = (partial(self._balance, rule(target), target, lo, hi) for target in self.targets.values() for lo, hi in _pieces(target, 8 * self.block_size))
+        return sum(in_threads(jobs, self.threads))
+
+    def _balance(self, rule: Combination, target: Target, lo: int, hi: int) -> int:
+        found = self.merged(rule, target, lo, hi) if target.wide == "float32" and not target.added else None
+        if found is not None:
+            return found.balance
+        movers = self._movers(target.name)
+        blocks = (Block(target, *rows) for rows in row_blocks(target.shape or (1,), self.block_size, lo, hi))
+        return sum(balance([self.read(number, block) for number in movers], rule.only(movers), block.start) for block in blocks)
+
+    def _movers(self, name: str) -> list[int]:
+        return [number for number, claims in enumerate(self._touched) if name in claims]
+
+    def _checkpoints(self, name: str, numbers: Sequence[int]) -> list[Tensor]:
+        """A tensor as some updates have it, if all of them are checkpoints; else nothing."""
+        models = [self._models[number] for number in numbers]
+        found = [model.ckpt.tensors[name] for model in models if isinstance(model, _Checkpoint)]
+        return found if len(found) == len(models) else []
 
     def blocks(self) -> Iterator[Block]:
         """All blocks of all tensors, in order."""
@@ -541,6 +574,26 @@ class Increments:
 
         return over
 
+    def close(self, number: int, target: Target | None = None) -> Close:
+        """What `engine.select.near` finds in one update's increments on all that it changes, or on one tensor, from the files where that is possible."""
+        targets = [target] if target else [each for each in self.targets.values() if self.touches(number, each.name)]
+        pieces = [(each, lo, hi) for each in targets for lo, hi in _pieces(each, 8 * self.block_size)]
+
+        def close(brackets: Brackets) -> Iterator[list[Near]]:
+            found = in_threads((partial(self._close, number, brackets, *piece) for piece in pieces), 1 if target else self.threads)
+            return (each for some in found for each in some)
+
+        return close
+
+    def _close(self, number: int, brackets: Brackets, target: Target, lo: int, hi: int) -> list[list[Near]]:
+        row = target.size // target.rows
+        ckpts, base = self._checkpoints(target.name, [number]), self.base.tensors.get(target.name) if self.base is not None else None
+        if ckpts and isinstance(base, Stored) and isinstance(ckpts[0], Stored):
+            found = near_files(base, ckpts[0], brackets, lo * row, (hi - lo) * row)
+            if found is not None:
+                return [found]
+        return [near(brackets, self.read(number, Block(target, *rows))) for rows in row_blocks(target.shape or (1,), self.block_size, lo, hi)]
+
     def _with_one(self, function: Callable[[Array], Any], number: int, block: Block) -> Any:
         return function(self.read(number, block))
 
@@ -550,6 +603,11 @@ class Increments:
 
     def _with_all(self, function: Callable[[Block, list[Array]], _R], block: Block) -> _R:
         return function(block, self.read_all(block))
+
+
+def _pieces(target: Target, entries: int) -> Iterator[tuple[int, int]]:
+    if target.size:
+        yield from row_blocks(target.shape or (1,), entries)
 
 
 def weighted_sum(taus: Sequence[Array], coefficients: Sequence[float]) -> Array:

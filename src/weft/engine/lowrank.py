@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import xp
+from ..errors import InputError
 from .stream import row_blocks
 
 if TYPE_CHECKING:
@@ -46,11 +47,15 @@ def recompress(pairs: Sequence[tuple[Array, Array, float]], rank: int | None = N
 
     With both, both limits hold; with neither, the result is the sum itself in as few factors as it takes. With R = sum r_i the cost is
     about 4 (rows + columns) R^2 operations (two QR decompositions) and an SVD of R x R; memory a few times that of the factors.
+
+    InputError for factors that are not finite.
     """
     import numpy as np
 
     left = np.concatenate([scale * xp.cast(b, "float64") for b, _, scale in pairs], 1)
     right = np.concatenate([xp.cast(a, "float64") for _, a, _ in pairs]).T
+    if not (np.isfinite(left).all() and np.isfinite(right).all()):
+        raise InputError("a low-rank factor has NaN or infinite entries", hint="check the run that made it")
     q_left, r_left = np.linalg.qr(left)
     q_right, r_right = np.linalg.qr(right)
     u, s, vt = np.linalg.svd(r_left @ r_right.T, full_matrices=False)
@@ -99,6 +104,8 @@ def leading(matrix: Matrix, norm: float, rank: int | None = None, energy: float 
     """
     rows, columns = matrix.shape
     small = min(rows, columns)
+    if not norm:
+        return None
     limit = small if rank is None else min(rank, small)
     width = small if rows * columns * small <= _DIRECT else min(small, (rank or 16) + _EXTRA)
     while True:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .._fused import Near
 from ..errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -60,24 +61,20 @@ def kth_largest_magnitude(make_blocks: Callable[[], Iterable[Array]], k: int) ->
 Over = Callable[[Callable[[Any], Any], int], Iterable[Any]]
 """`over(function, every)`: function(block) of every block of a stream, or of each `every`-th one, in any order and any threads."""
 
+Brackets = Sequence[tuple[float, float]]
+
+Close = Callable[[Brackets], Iterable[list[Near]]]
+
 _EVERY = 16
 _SAMPLE = 1 << 20
 """About how many entries of every 16th block are a sample."""
 
 
-class _Near(NamedTuple):
-    """Of one block and two values: how many entries are above the high one, equal to it, equal to the low one, and those strictly between."""
-
-    above: int
-    high: int
-    low: int
-    inner: Array | None
-
-
-def largest_magnitudes(over: Over, ranks: Sequence[int], size: int) -> list[Kth]:
+def largest_magnitudes(over: Over, ranks: Sequence[int], size: int, close: Close | None = None) -> list[Kth]:
     """The k-th largest |x| (from 1) for each k of `ranks`, of a stream of `size` entries that is read once and a sixteenth.
 
-    The same answers as `kth_largest_magnitude`, and the same errors; the stream is read twice more where the sample was no guide.
+    `close`: a quicker way to have `near` of all blocks, or of other pieces. The same answers as `kth_largest_magnitude`, and the
+    same errors; the stream is read twice more where the sample was no guide.
     """
     import numpy as np
 
@@ -86,7 +83,10 @@ def largest_magnitudes(over: Over, ranks: Sequence[int], size: int) -> list[Kth]
     sample.sort()
     possible = [k for k in ranks if 1 <= k <= size and sample.size and not np.isnan(sample[-1])]
     brackets = [_bracket(sample, k, size) for k in possible]
-    parts = list(over(partial(_near, brackets), 1)) if size > _SAMPLE else [_near(brackets, sample)]
+    if size <= _SAMPLE:
+        parts = [near(brackets, sample)]
+    else:
+        parts = list(over(partial(near, brackets), 1) if close is None else close(brackets))
     found = {k: _settled(k, *bracket, [part[number] for part in parts]) for number, (k, bracket) in enumerate(zip(possible, brackets, strict=True))}
     return [found.get(k) or kth_largest_magnitude(lambda: over(_same, 1), k) for k in ranks]
 
@@ -111,7 +111,8 @@ def _bracket(sample: Array, k: int, size: int) -> tuple[Any, Any]:
     return sample[low] if low >= 0 else np.float32(0), sample[high] if high < sample.size else np.float32("inf")
 
 
-def _near(brackets: Sequence[tuple[Any, Any]], block: Array) -> list[_Near]:
+def near(brackets: Brackets, block: Array) -> list[Near]:
+    """What lies above, at and between pairs of magnitudes in one block."""
     import numpy as np
 
     size = _magnitudes(1, block)
@@ -123,11 +124,11 @@ def _near(brackets: Sequence[tuple[Any, Any]], block: Array) -> list[_Near]:
         inner = close[(close > low) & (close < high)]
         top = int(np.count_nonzero(close == high))
         few = inner.size <= max(1024, size.size // 16)
-        out.append(_Near(int(np.count_nonzero(size > high)), top, close.size - inner.size - top, inner if few else None))
+        out.append(Near(int(np.count_nonzero(size > high)), top, close.size - inner.size - top, inner if few else None))
     return out
 
 
-def _settled(k: int, low: Any, high: Any, parts: Sequence[_Near]) -> Kth | None:
+def _settled(k: int, low: Any, high: Any, parts: Sequence[Near]) -> Kth | None:
     """The k-th largest, if it is known from what was counted and gathered."""
     import numpy as np
 

@@ -17,9 +17,12 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from .._fused import Combination
+from .._fused import Merged as Written
 from ..base import Base
 from ..config import as_dict, make
 from ..delta import BLOB, BaseTensor, Delta, Entry, added_ops, apart, loaded, merge_patches, renumbered, scaled_ops
+from ..engine.finite import require_finite
 from ..engine.increments import Block, Increments, Target, Update, lineage, open_update
 from ..engine.lowrank import recompress
 from ..engine.stream import BLOCK, in_threads, one_blas_thread, reuse_memory, thread_count
@@ -203,13 +206,14 @@ def _of_base(target: Target, named: bool) -> BaseTensor | None:
 
 
 def _combined(models: Increments, coefficients: Mapping[str, Sequence[float]]) -> tuple[dict[str, Entry], dict[str, Tensor]]:
-    """sum_i c_i delta_i on some tensors by the algebra of deltas: no number is read. Models with c = 0 are left out."""
+    """sum_i c_i delta_i on some tensors by the algebra of deltas: numbers are read to refuse NaN alone. Models with c = 0 are left out."""
     entries: dict[str, Entry] = {}
     tensors: dict[str, Tensor] = {}
     for number, update in enumerate(models.updates):
         if not isinstance(update, Delta):
             continue
         chosen = {name: entry for name, entry in models.entries(number).items() if name in coefficients and coefficients[name][number] != 0}
+        require_finite(update, [name for name in chosen if name in update.entries], models.labels[number])
         used = {key: update.tensors[key] for entry in chosen.values() for op in entry.ops for key in op.tensor_keys()}
         theirs, data = apart(replace(update, entries=chosen, tensors=used), tensors)
         tensors |= data
@@ -262,17 +266,21 @@ class Kernel:
 
     def __init__(self, models: Increments, rule: MergeMethod[Any], weights: Sequence[float], cfg: Any, state: Any) -> None:
         self.models, self._rule, self._weights, self._cfg, self._state = models, rule, weights, cfg, state
-        self._weighted = rule.weighted(cfg)
         self._lock = Lock()
         self._last: tuple[Target, Array] | None = None
 
     def _compute(self, block: Block, old: Array | None = None) -> Array:
         """The merged increment of one block, rounded to the dtype of increments. `old`: the base's stored values there, if at hand."""
-        if self._weighted:
-            return self.models.weighted(self._rule.coefficients(self._weights, self._cfg, self._state, block.target), block, old)
+        rule = self.combination(block.target)
+        if rule is not None:
+            return self.models.combined(rule, block, old)
         taus = self.models.read_all(block, old) if self._rule.reads else []
         merged = self._rule.merge(taus, self._weights, self._cfg, self._state, block)
         return merged.astype(block.target.wide, copy=False)
+
+    def combination(self, target: Target) -> Combination | None:
+        """How the increments of a tensor become one, if the method can say it so."""
+        return self._rule.combination(self._weights, self._cfg, self._state, target)
 
     def rows(self, block: Block, old: Array | None = None) -> Array:
         """The merged increment on any rows."""
@@ -315,6 +323,10 @@ class Merged(Relative):
 
     def rows(self, lo: int, hi: int) -> Array:
         return self.kernel.rows(Block(self.target, lo, hi))
+
+    def write(self, lo: int, hi: int, out: tuple[int, int]) -> Written | None:
+        rule = self.kernel.combination(self.target)
+        return None if rule is None or self.target.added else self.kernel.models.merged(rule, self.target, lo, hi, out)
 
     def beside(self, lo: int, hi: int, old: Array) -> Array:
         return self.kernel.rows(Block(self.target, lo, hi), None if self.target.added else old)

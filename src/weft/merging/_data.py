@@ -112,20 +112,33 @@ class Study:
     def live(self, number: int) -> Iterator[nn.Module]:
         """The live model with update `number` on it: what that update's fold would be. Afterwards it is the base (with `models.start`) again."""
         update = self.models.updates[number]
+        with self.beneath(number), self._attached([update if isinstance(update, Delta) else self._replayed(number)]):
+            yield self.model
+
+    @contextmanager
+    def beneath(self, number: int) -> Iterator[nn.Module]:
+        """The live model as update `number` found it: the base, with the deltas that the update was made over and no others."""
+        update = self.models.updates[number]
         known = {each.id: each for each in self.models.updates if isinstance(each, Delta)}
         over = update.over if isinstance(update, Delta) else ()
-        own = update if isinstance(update, Delta) else self._replayed(number)
         idle = [handle for handle in self._start if handle.id not in over]
         for handle in idle:
             handle.active = False
-        added = attach(self.model, [*(known[id] for id in over if id in known), own], base=self.base, mode="materialised", names=self.names)
         try:
-            yield self.model
+            with self._attached([known[id] for id in over if id in known]):
+                yield self.model
+        finally:
+            for handle in idle:
+                handle.active = True
+
+    @contextmanager
+    def _attached(self, deltas: Sequence[Delta]) -> Iterator[None]:
+        added = attach(self.model, deltas, base=self.base, mode="materialised", names=self.names)
+        try:
+            yield
         finally:
             for handle in reversed(added):
                 detach(self.model, handle)
-            for handle in idle:
-                handle.active = True
 
     def _replayed(self, number: int) -> Delta:
         """A checkpoint as the delta that replays its tensors."""

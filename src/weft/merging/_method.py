@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+from .._fused import Combination
 from ..engine.increments import weighted_sum as weighted_sum
 
 if TYPE_CHECKING:
@@ -51,6 +52,10 @@ class MergeMethod(Generic[C]):
         """c of each model on one tensor. Asked for only where `weighted`, after `prepare`."""
         raise NotImplementedError
 
+    def combination(self, weights: Sequence[float], cfg: C, state: Any, target: Target) -> Combination | None:
+        """How the increments of one tensor become one, where that can be said as a `Combination`, after `prepare`. `merge` is then not asked for."""
+        return Combination(self.coefficients(weights, cfg, state, target)) if self.weighted(cfg) else None
+
     def prepare(self, models: Increments, weights: Sequence[float], cfg: C) -> Any:
         """Statistics over whole tensors or models, the `state` of `merge`: thresholds, norms, angles."""
         return None
@@ -60,7 +65,7 @@ class MergeMethod(Generic[C]):
 
         `taus`: one array of `block.shape` for each model in the order of the inputs, float32 (float64 for F64 tensors),
         zeros where a model changes nothing; never written to. The result is rounded to their dtype by the caller, so let
-        every entry depend on nothing but its own tensor and `state`. Not asked for where the result is `weighted`.
+        every entry depend on nothing but its own tensor and `state`. Not asked for where there is a `combination`.
         """
         raise NotImplementedError
 

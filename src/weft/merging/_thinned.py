@@ -44,8 +44,8 @@ class Thinned:
         self.study, self.number, self.cfg, self._keys = study, number, cfg, keys
         firsts, models = study.firsts(), study.models
         touched = [target for name, target in models.targets.items() if models.touches(number, name)]
-        self._left = {target.name: self.increment(target, left=True) for target in touched}
-        self._live = [target for target in touched if firsts[target.name] == target.name]
+        self._live = [target for target in touched if firsts[target.name] == target.name]  # a tied tensor once
+        self._left = {target.name: self.increment(target, left=True) for target in self._live}
         linear = {site.name for site in sites(study.model, "all-linear", kinds=("linear", "conv1d"))}
         found = [(target, study.site(target)) for target in touched]
         self._layers: list[tuple[Target, Site]] = [(target, site) for target, site in found if site is not None and site.name in linear]
@@ -65,12 +65,13 @@ class Thinned:
     @torch.no_grad()
     def error(self, q: Mapping[str, float]) -> float:
         """The mean squared change of the largest logits when what is left of each tensor is divided by its q."""
-        weights = placed(self.study, self._base, ((target, self._left[target.name] / q[target.name]) for target in self._live))
         total, count = 0.0, 0
-        for batch, before in zip(self._batches, self._before, strict=True):
-            logits = torch.func.functional_call(self.study.model, weights, (), _given(batch)).logits
-            total += float((_told(batch, logits).gather(-1, before.indices) - before.values).square().sum())
-            count += before.values.numel()
+        with self.study.beneath(self.number) as model:
+            weights = placed(self.study, self._base, ((target, self._left[target.name] / q[target.name]) for target in self._live))
+            for batch, before in zip(self._batches, self._before, strict=True):
+                logits = torch.func.functional_call(model, weights, (), _given(batch)).logits
+                total += float((_told(batch, logits).gather(-1, before.indices) - before.values).square().sum())
+                count += before.values.numel()
         return total / count
 
     def everywhere(self, layers: Mapping[str, float]) -> dict[str, float]:

@@ -30,9 +30,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 
 from .. import xp
-from .._fused import Election, elected
+from .._fused import Combination
 from ..methods import method
-from ._method import MergeMethod, weighted_sum
+from ._method import MergeMethod
 from .ties import TiesConfig, election, majority_is_plus
 
 if TYPE_CHECKING:
@@ -82,24 +82,14 @@ class Dare(MergeMethod[DareConfig]):
         keys = mask_keys(models, cfg.seed)
         if cfg.signs == "all":
             return DareState(keys)
-        every = [0.0] * len(weights)
+        return DareState(keys, majority_is_plus(models, lambda target: self.combination(weights, cfg, DareState(keys), target)))
 
-        def at(block: Block, taus: list[Array]) -> tuple[Sequence[Array], Election]:
-            kept = masked(taus, keys[block.target.name], cfg.drop, block)
-            return kept, election(kept, weights, _election(cfg), every)
-
-        return DareState(keys, majority_is_plus(models, at))
-
-    def merge(self, taus: list[Array], weights: Sequence[float], cfg: DareConfig, state: DareState, block: Block) -> Array:
-        kept, signs = masked(taus, state.keys[block.target.name], cfg.drop, block), _election(cfg)
+    def combination(self, weights: Sequence[float], cfg: DareConfig, state: DareState, target: Target) -> Combination:
+        mask: dict[str, Any] = {"keys": state.keys[target.name], "dropped": dropped(cfg.drop)}
+        scale = cfg.scale / (1 - mask["dropped"] / 65536)  # the same for every entry, so it can wait until here
         if cfg.signs == "all":
-            return weighted_sum(kept, [signs.scale * w for w in weights])
-        return elected(kept, election(kept, weights, signs, [0.0] * len(weights), state.zero_is_plus))
-
-
-def _election(cfg: DareConfig) -> TiesConfig:
-    """The election and the factor on its result. The factor 1/(1 - drop) is the same for every entry, so it can wait until here."""
-    return TiesConfig(scale=cfg.scale / (1 - dropped(cfg.drop) / 65536), elect="count" if cfg.signs == "count" else "mass")
+            return Combination([scale * w for w in weights], **mask)
+        return election(weights, TiesConfig(scale=scale, elect=cfg.signs), zero_is_plus=state.zero_is_plus, **mask)
 
 
 def mask_keys(models: Increments, seed: int) -> dict[str, list[int]]:

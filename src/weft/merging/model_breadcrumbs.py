@@ -25,15 +25,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
+from .._fused import Combination
 from ..engine.select import largest_magnitudes
 from ..engine.stream import in_threads
 from ..methods import method
-from ._method import MergeMethod, weighted_sum
+from ._method import MergeMethod
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..engine.increments import Block, Increments, Target
+    from ..engine.increments import Increments, Target
 
     Array = np.ndarray[Any, Any]
 
@@ -68,8 +69,9 @@ class ModelBreadcrumbs(MergeMethod[ModelBreadcrumbsConfig]):
         found = in_threads((partial(_limits, models, target, cfg) for target in models.targets.values()), models.threads)
         return dict(zip(models.targets, found, strict=True))
 
-    def merge(self, taus: list[Array], weights: Sequence[float], cfg: ModelBreadcrumbsConfig, state: dict[str, list[Limits]], block: Block) -> Array:
-        return weighted_sum([_between(tau, *limits) for tau, limits in zip(taus, state[block.target.name], strict=True)], _coefficients(weights, cfg))
+    def combination(self, weights: Sequence[float], cfg: ModelBreadcrumbsConfig, state: dict[str, list[Limits]], target: Target) -> Combination:
+        least, most = zip(*state[target.name], strict=True)
+        return Combination(_coefficients(weights, cfg), list(least), list(most))
 
 
 def _coefficients(weights: Sequence[float], cfg: ModelBreadcrumbsConfig) -> list[float]:
@@ -86,15 +88,7 @@ def _limits(models: Increments, target: Target, cfg: ModelBreadcrumbsConfig) -> 
         if not target.size or not models.touches(number, target.name):
             return 0.0, 0.0
         ranks = [last] * (last < target.size) + [outliers + 1] * (outliers > 0)
-        found = dict(zip(ranks, largest_magnitudes(models.each(number, target), ranks, target.size), strict=True))
+        found = dict(zip(ranks, largest_magnitudes(models.each(number, target), ranks, target.size, models.close(number, target)), strict=True))
         return float(found[last].value) if last in found else 0.0, float(found[outliers + 1].value) if outliers else inf
 
     return [limits(number) for number in range(len(models.updates))]
-
-
-def _between(tau: Array, low: float, high: float) -> Array:
-    """The increment, 0 outside the limits."""
-    import numpy as np
-
-    size = abs(tau).astype(np.float32, copy=False)
-    return tau * ((size >= np.float32(low)) & (size <= np.float32(high)))

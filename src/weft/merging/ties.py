@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
-from .._fused import Election, balance, elected
-from ..engine.select import Over, largest_magnitudes
+from .._fused import Combination
+from ..engine.select import Close, Over, largest_magnitudes
 from ..engine.stream import in_threads
 from ..methods import method
 from ._method import MergeMethod
@@ -38,7 +38,7 @@ from ._method import MergeMethod
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..engine.increments import Block, Increments, Target
+    from ..engine.increments import Increments, Target
 
     Array = np.ndarray[Any, Any]
 
@@ -78,43 +78,39 @@ class Ties(MergeMethod[TiesConfig]):
 
     def prepare(self, models: Increments, weights: Sequence[float], cfg: TiesConfig) -> TiesState:
         thresholds = _thresholds(models, cfg)
-        return TiesState(thresholds, majority_is_plus(models, lambda block, taus: (taus, election(taus, weights, cfg, thresholds[block.target.name]))))
+        return TiesState(thresholds, majority_is_plus(models, lambda target: election(weights, cfg, least=thresholds[target.name])))
 
-    def merge(self, taus: list[Array], weights: Sequence[float], cfg: TiesConfig, state: TiesState, block: Block) -> Array:
-        return elected(taus, election(taus, weights, cfg, state.thresholds[block.target.name], state.zero_is_plus))
+    def combination(self, weights: Sequence[float], cfg: TiesConfig, state: TiesState, target: Target) -> Combination:
+        return election(weights, cfg, least=state.thresholds[target.name], zero_is_plus=state.zero_is_plus)
 
 
-def election(taus: Sequence[Array], weights: Sequence[float], cfg: TiesConfig, least: Sequence[float], zero_is_plus: bool = False) -> Election:
-    """Steps 2 and 3 on one block of tau_1..tau_n, of which entries below `least` count as 0."""
-    import numpy as np
-
+def election(weights: Sequence[float], cfg: TiesConfig, **more: Any) -> Combination:
+    """Steps 2 and 3."""
     votes = list(weights) if cfg.elect_weighted else [1.0] * len(weights)
-    ballots = None
     if cfg.elect == "count":
-        votes, ballots = [float(np.sign(w)) for w in votes], [np.asarray(np.sign(tau)) for tau in taus]
+        votes = [float((w > 0) - (w < 0)) for w in votes]
     shares = list(weights) if cfg.normalize else [1.0] * len(weights)
-    return Election(least, votes, [cfg.scale * w for w in weights], shares, zero_is_plus, ballots)
+    return Combination([cfg.scale * w for w in weights], votes=votes, shares=shares, by_count=cfg.elect == "count", **more)
 
 
-def majority_is_plus(models: Increments, at: Callable[[Block, list[Array]], tuple[Sequence[Array], Election]]) -> bool:
-    """Whether m > 0 at more entries of the whole model than m < 0 (step 2). `at(block, taus)`: increments and election of a block."""
-    if len(models.updates) == 1:  # one model cannot cancel itself
-        return False
-    return sum(models.map(lambda block, taus: balance(*at(block, taus)))) > 0
+def majority_is_plus(models: Increments, rule: Callable[[Target], Combination]) -> bool:
+    """Whether m > 0 at more entries of the whole model than m < 0 (step 2)."""
+    return len(models.updates) > 1 and models.balance(rule) > 0  # one model cannot cancel itself
 
 
 def _thresholds(models: Increments, cfg: TiesConfig) -> dict[str, list[float]]:
     """h_i of every tensor; infinity where a model changes nothing."""
     if cfg.trim == "global":
-        each = [_threshold(models.each(i), models.size(i), cfg) for i in range(len(models.updates))]
+        each = [_threshold(models.each(i), models.close(i), models.size(i), cfg) for i in range(len(models.updates))]
         return dict.fromkeys(models.targets, each)
     found = in_threads((partial(_of_tensor, models, target, cfg) for target in models.targets.values()), models.threads)
     return dict(zip(models.targets, found, strict=True))
 
 
 def _of_tensor(models: Increments, target: Target, cfg: TiesConfig) -> list[float]:
-    return [_threshold(models.each(i, target), target.size if models.touches(i, target.name) else 0, cfg) for i in range(len(models.updates))]
+    sizes = [target.size if models.touches(i, target.name) else 0 for i in range(len(models.updates))]
+    return [_threshold(models.each(i, target), models.close(i, target), size, cfg) for i, size in enumerate(sizes)]
 
 
-def _threshold(over: Over, size: int, cfg: TiesConfig) -> float:
-    return float(largest_magnitudes(over, [max(1, int(cfg.density * size))], size)[0].value) if size else float("inf")
+def _threshold(over: Over, close: Close, size: int, cfg: TiesConfig) -> float:
+    return float(largest_magnitudes(over, [max(1, int(cfg.density * size))], size, close)[0].value) if size else float("inf")
