@@ -86,7 +86,8 @@ def languages(folder: Path, kind: str = "gpt2") -> Family:
     return Family(base, [one, Base.open(folder / f"{kind}-tuned")], rows)
 
 
-# --- two skills of the microcosm's base
+# --- two skills of the microcosm's base, for what papers claim. The direction is theirs; how much better a method must be was set after one run of
+# one seed had been seen, with room, so those factors guard what was measured and prove no more
 
 
 @functools.cache

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import math
+import tracemalloc
+import weakref
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -223,6 +226,42 @@ def test_hostile_configs(name: str, given: str, made: str, cfg: dict[str, Any]) 
         with pytest.raises(FormatError, match=name) as caught:
             Coded(made, (20, 20), name, config, good.payload).read()
         assert len(caught.value.message) < 400
+
+
+def test_a_hostile_block_takes_no_more_memory_than_its_entries() -> None:
+    """Quotients in unary are bits, each of which becomes an entry."""
+    block = (1 << 8).to_bytes(4, "little") + b"\x00" + b"\xff" * (16 << 20)
+    bad = Coded("F32", (20, 20), "ternary", {"scale": 1, "form": "golomb"}, held(len(block).to_bytes(4, "little") + block))
+    tracemalloc.start()
+    with pytest.raises(FormatError, match="quotients for 1 of 400 positions"):
+        bad.read()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+@pytest.mark.parametrize("op", ["sparse", "assign"])
+def test_more_positions_than_entries_are_refused_before_they_are_read(op: str) -> None:
+    """A few kilobytes of planes can stand for gigabytes of positions."""
+    count = 50 * BLOCK
+    index = encode(Held(np.arange(count)), "planes", {"level": 1, "steps": True})
+    assert index.nbytes > 200 * index.payload.nbytes
+    x = encode(Held(np.zeros(count, np.float32)), "planes", {"level": 1, "steps": False})
+    build = Builder(MemoryBase({"w": values("F32", (20, 20))}))
+    build.put("w", op, {"index": index, "values": x})
+    with pytest.raises(FormatError, match="field index: 3,276,800 positions in a target of 400 entries"):
+        build.done()
+
+
+def test_nothing_is_kept_of_a_tensor_that_is_gone() -> None:
+    """Not its payload either, which may be a file: the blocks that a thread remembers are not the tensor."""
+    spool = Spool(in_memory=10)
+    tensor = coded("planes", *EXAMPLES["planes"][0], (3, 1000), spool=spool)
+    assert tensor.rows(1, 2).shape == (1, 1000)
+    file, gone = spool._file, weakref.ref(spool)
+    del spool, tensor
+    gc.collect()
+    assert gone() is None and file.closed
 
 
 def test_hostile_claims() -> None:

@@ -43,6 +43,22 @@ class Bits:
         return used
 
 
+def test_integers_beyond_float32_are_refused() -> None:
+    """Not made infinite, or smaller, without a word."""
+    rule, most = codes.get("integers"), float(np.finfo(np.float32).max)
+    for numbers, width in [
+        (np.array([1.0, most], np.float32), 3),
+        (np.array([-most, 1.0], np.float32), 4),
+        (np.array([1e300, 2.0]), 8),
+        (np.array([4e38, 1]), 2),
+    ]:
+        with pytest.raises(InputError, match="1 entries are beyond the range of F32"):
+            rule.encode_block(numbers, {"bits": width, "group": 2}, 0)
+    near = np.array([0.97 * most, 1.0], np.float32)
+    got = rule.decode_block(memoryview(rule.encode_block(near, {"bits": 8, "group": 2}, 0)), 2, "F32", {"bits": 8, "group": 2}, 0)
+    np.testing.assert_allclose(got[0], near[0], rtol=0.01)
+
+
 def slow_words(lengths: list[int]) -> dict[str, int]:
     """The canonical words: each is the one before plus 1, with zeros appended where it is longer."""
     words, code, last = {}, 0, 0

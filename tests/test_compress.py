@@ -207,6 +207,29 @@ def test_a_larger_result_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "NOT smaller than before (8 bytes)" in capsys.readouterr().out
 
 
+def test_an_update_of_which_nothing_is_stored_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Factors of a zero update, and a checkpoint that only has a second copy of a tensor."""
+    w = np.random.default_rng(1).standard_normal((9, 8), np.float32)
+    base = write_checkpoint(tmp_path / "base", {"w": w})
+    write_checkpoint(tmp_path / "tuned", {"w": w, "again": w})
+    build = Builder(base)
+    build.put("w", "lowrank", {"A": w[:2], "B": np.zeros((9, 2), np.float32)})
+    build.done().save(tmp_path / "zero.safetensors")
+    out = str(tmp_path / "out.safetensors")
+    assert main(["compress", str(tmp_path / "zero.safetensors"), "--method", "truncate", "-o", out]) == 0
+    assert "nothing is stored of what was there before (136 bytes); its increments are zero" in capsys.readouterr().out
+    assert main(["compress", str(tmp_path / "tuned"), "--base", str(tmp_path / "base"), "-o", out]) == 0
+    assert "nothing is stored of what was there before (288 bytes); the error of its increments is not known\n" in capsys.readouterr().out
+
+
+def test_the_increments_of_a_checkpoint_are_not_hashed(places: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """That would be one more walk over two checkpoints, for an id that nobody asks for."""
+    from weft import diffing
+
+    monkeypatch.setattr(diffing._Dense, "sha256", property(lambda self: pytest.fail("hashed")))
+    assert weft.compress(places["tuned"], "compeft", places["base"]).nbytes
+
+
 def test_the_command_line(places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "small.safetensors"
     words = ["compress", str(places["dense.safetensors"]), "-p", "density=0.05", "-p", "trim=tensor", "-o", str(path)]
@@ -278,6 +301,14 @@ def test_numbers_that_are_none_are_named(places: dict[str, Path], tmp_path: Path
     assert key in caught.value.message and not list(tmp_path.iterdir())
 
 
+def test_a_nan_in_what_is_left_as_it_is_is_named_too(tmp_path: Path) -> None:
+    build = Builder(write_checkpoint(tmp_path / "base", {"w": np.zeros((4, 4), np.float32), "norm": np.zeros(4, np.float32)}))
+    build.put("w", "dense", {"values": np.ones((4, 4), np.float32)})
+    build.put("norm", "dense", {"values": np.full(4, np.nan, np.float32)})
+    with pytest.raises(InputError, match="norm: its increment is NaN, infinite or too large"):
+        weft.compress(build.done(), "bitdelta", out=tmp_path / "out.safetensors")
+
+
 def test_a_checkpoint_with_a_nan(tmp_path: Path) -> None:
     start = base_values()
     tuned = tuned_values(start, 1)
@@ -298,6 +329,9 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(places: dict[str, Path],
 
         def write(self, data: bytes) -> None:
             raise OSError(28, "No space left on device")
+
+        def close(self) -> None:
+            self.file.close()
 
     monkeypatch.setattr(tempfile, "SpooledTemporaryFile", Full)
     with pytest.raises(WeftError, match=r"cannot keep coded data in .*: No space left on device") as caught:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import weft
-from tests.conftest import bits
+from tests.conftest import MemoryBase, bits
 from tests.test_merge import SHAPES, base_values, tuned_values, wide, write_checkpoint
 from weft.base import Base
 from weft.codes import Coded
@@ -34,7 +34,7 @@ def slow_compeft(
             mean = math.fsum(flat) / len(flat)
             sigma = math.sqrt(math.fsum((v - mean) ** 2 for v in flat) / len(flat))
         else:
-            kept = [abs(v) for v in flat if abs(float(np.float32(v))) >= h]
+            kept = [abs(v) for v in flat if abs(float(np.float32(v))) >= h and v != 0]
             sigma = math.fsum(kept) / len(kept)
         s = np.float32(alpha * sigma)
         for name in names:
@@ -238,3 +238,28 @@ def test_what_it_is_for(tmp_path: Path) -> None:
     for name in small.entries:
         build.put(name, "dense", {"values": rng.permutation(small.get(f"{name}//0.values").reshape(-1)).reshape(small.entries[name].shape)})
     assert score([build.done()], test) < 0.1
+
+
+def only(values: np.ndarray) -> Delta:
+    build = Builder(MemoryBase({"w": np.zeros(values.shape, values.dtype)}))
+    build.put("w", "dense", {"values": values})
+    return build.done()
+
+
+@pytest.mark.parametrize("scale", ["std", "mean"])
+def test_zeros_are_never_kept_and_count_in_no_mean(rng: np.random.Generator, scale: str) -> None:
+    """Increments of bf16 checkpoints are mostly zeros; a density above theirs asks for no more than there is."""
+    values = np.zeros((100, 100), np.float32)
+    values[::20] = rng.standard_normal((5, 100))
+    made = [weft.compress(only(values), density=density, scale=scale).get("w//0.values") for density in (0.05, 0.2, 1.0)]
+    sigma = np.abs(values[::20]).mean(dtype=np.float64) if scale == "mean" else values.std(dtype=np.float64)
+    assert bits(made[0]) == bits(made[1]) == bits(made[2]) == bits(np.sign(values) * np.float32(sigma) + np.float32(0))
+
+
+@pytest.mark.parametrize("scale", ["std", "mean"])
+def test_float64_entries_that_are_nothing_in_float32_become_nothing(rng: np.random.Generator, scale: str) -> None:
+    tiny = rng.standard_normal((20, 30)) * 1e-200
+    assert not weft.compress(only(tiny), scale=scale).get("w//0.values").any()
+    tiny[3] = 2.0
+    got = weft.compress(only(tiny), scale=scale).get("w//0.values")
+    assert got[3].all() and not np.delete(got, 3, 0).any()

@@ -235,6 +235,7 @@ def test_kmeans_of_few_values_is_those_values_and_blocks_add_up() -> None:
     x = np.random.default_rng(5).choice(np.array([-2.5, -0.0, 0.0, 1.0, 3.25], np.float32), 1000)
     assert levels(counted(x), 4) == [-2.5, 0.0, 1.0, 3.25]
     assert levels(counted(x[:0]), 3) == []
+    assert [str(v) for v in levels(counted(np.array([-1e-300, 2.0])), 4)] == ["0.0", "2.0"], "there is no -0 in JSON"
     noise = np.random.default_rng(6).standard_normal(5000).astype(np.float32)
     parts = added(counted(noise[lo : lo + 700]) for lo in range(0, 5000, 700))
     whole = counted(noise)

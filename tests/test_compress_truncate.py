@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tests.conftest import MemoryBase, bits
 from tests.test_merge import write_checkpoint
 from weft.base import Base
 from weft.delta import Builder, Delta
-from weft.errors import MismatchError
+from weft.errors import InputError, MismatchError
 from weft.folding import fold
 from weft.ops import At
 
@@ -152,3 +153,35 @@ def test_from_a_checkpoint_into_a_fold(rng: np.random.Generator, tmp_path: Path)
     got = Base.open(tmp_path / "folded")
     for name in start:
         np.testing.assert_allclose(got.tensor(name).read(), tuned[name], atol=1e-3 if name != "wide" else 1e-9)
+
+
+def test_empty_matrices_are_left(rng: np.random.Generator) -> None:
+    build = Builder(MemoryBase({"w": np.zeros((20, 30), np.float32), "rows": np.zeros((0, 4), np.float32), "columns": np.zeros((4, 0), np.float32)}))
+    build.put("w", "dense", {"values": draw(rng, 20, 1) @ draw(rng, 1, 30)})
+    for name, shape in (("rows", (0, 4)), ("columns", (4, 0))):
+        build.put(name, "dense", {"values": draw(rng, *shape)})
+    assert ranks(weft.compress(build.done(), "truncate")) == {"w": [1], "rows": [], "columns": []}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_factors_that_are_no_numbers_are_named(rng: np.random.Generator, bad: float) -> None:
+    a = draw(rng, 4, 20)
+    a[1, 2] = bad
+    build = Builder(MemoryBase({"q.weight": np.zeros((30, 20), np.float32)}))
+    build.put("q.weight", "lowrank", {"A": a, "B": draw(rng, 30, 4)})
+    with pytest.raises(InputError, match=r"q\.weight: a low-rank factor has NaN"):
+        weft.compress(build.done(), "truncate", rank=2)
+
+
+def test_what_is_small_already_does_not_grow(rng: np.random.Generator) -> None:
+    """Few entries, two bytes each, or in a code: factors that are fewer numbers than the matrix can take more bytes."""
+    build = Builder(MemoryBase({name: np.zeros((40, 50), np.float32) for name in ("sparse", "half", "coded")}))
+    build.put("sparse", "sparse", {"index": np.arange(0, 2000, 100), "values": draw(rng, 20)})
+    build.put("half", "dense", {"values": draw(rng, 40, 50).astype(ml_dtypes.bfloat16)})
+    build.put("coded", "dense", {"values": draw(rng, 40, 50)})
+    given = build.done()
+    given = replace(given, tensors={**given.tensors, "coded//0.values": weft.compress(given.only(["coded"]), "bitdelta").tensors["coded//0.values"]})
+    with pytest.raises(MismatchError, match="nothing to compress"):
+        weft.compress(given, "truncate", rank=15)
+    made = weft.compress(given, "truncate", rank=10)
+    assert ranks(made) == {"sparse": [], "half": [10], "coded": []} and made.nbytes < given.nbytes

@@ -7,7 +7,11 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from weft.engine.lowrank import Matrix, leading, recompress
+from tests.conftest import MemoryBase
+from weft.delta import Builder
+from weft.engine.lowrank import Matrix, leading, pairs_of, recompress
+from weft.errors import InputError
+from weft.ops.spec import Ref
 
 
 def pairs(rng: np.random.Generator, rows: int, columns: int, ranks: tuple[int, ...]) -> list[tuple[np.ndarray, np.ndarray, float]]:
@@ -77,3 +81,24 @@ def test_what_takes_as_much_room_as_the_matrix_and_what_is_zero_is_left(rng: np.
     values = rng.standard_normal((12, 10))
     assert leading(Matrix((12, 10), lambda lo, hi: values[lo:hi]), float((values**2).sum()), energy=1.0) is None
     assert leading(Matrix((12, 10), lambda lo, hi: 0 * values[lo:hi]), 0.0, rank=2) is None
+
+
+def test_the_pairs_of_ops_add_up_to_what_the_ops_add(rng: np.random.Generator) -> None:
+    """With scales, with a frozen pair that is taken away, and with rows taken from a pool."""
+    build = Builder(MemoryBase({"w": np.zeros((9, 7), np.float32)}))
+    draw = [rng.standard_normal(shape).astype(np.float32) for shape in ((2, 7), (9, 2), (2, 7), (9, 2), (5, 7), (9, 3))]
+    build.put("w", "lowrank", dict(zip(("A", "B", "A0", "B0"), draw[:4], strict=True)), scale=-1.5)
+    pool, index = build.share("pool", draw[4]), build.share("index", np.array([4, 0, 4]))
+    build.put("w", "lowrank", {"A": Ref(pool.key, index.key, (3, 7)), "B": draw[5]})
+    delta = build.done()
+    found = pairs_of(delta.entries["w"].ops, delta.get)
+    assert [scale for _, _, scale in found] == [-1.5, 1.5, 1.0]
+    np.testing.assert_allclose(dense(found), delta.apply("w", np.zeros((9, 7))), atol=1e-12)
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_factors_that_are_not_finite_are_refused(rng: np.random.Generator, bad: float) -> None:
+    (b, a, scale), other = pairs(rng, 6, 5, (2, 2))
+    a[1, 3] = bad
+    with pytest.raises(InputError, match="NaN or infinite"):
+        recompress([other, (b, a, scale)])

@@ -103,6 +103,18 @@ def test_the_q_found_by_output_is_better_than_others(tmp_path: Path, make: Any) 
         assert all(mine <= error(other) * (1 + 1e-4) for other in (share_left(0.9), 1.0, step**3, *around) if share_left(0.9) <= other <= 1)
 
 
+def test_an_update_over_another_input_is_held_against_what_it_found(tmp_path: Path) -> None:
+    """Its q is the one that is found where that other input is no input but goes before."""
+    tasks = merging_tasks.languages(tmp_path, "llama")
+    first = merging_tasks.updated(tasks.base, 5, ("o_proj.weight", "norm.weight"), 1.0)
+    second = merging_tasks.updated(tasks.base, 6, ("down_proj.weight",), 1.0, over=(first.id,))
+    how: dict[str, Any] = {"drop": 0.3, "data": tasks.data[0]}
+    other = merging_tasks.updated(tasks.base, 7, ("q_proj.weight",))
+    inside = found_in(weft.merge([first, second], tasks.base, "darex-q", **how))[1]
+    before = found_in(weft.merge([other, second], tasks.base, "darex-q", on=[first], **how))[1]
+    assert {share_left(0.3) < inside[name] == before[name] < 1 for name in second.entries} == {True}
+
+
 def test_the_same_data_gives_the_same_delta(tmp_path: Path) -> None:
     tasks = merging_tasks.classifiers(tmp_path)
     for find in ("output", "analytic"):

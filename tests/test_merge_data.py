@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,17 @@ def test_a_delta_that_is_not_over_the_others_start(tmp_path: Path) -> None:
             assert state(model) == state(Base.open(tmp_path / str(number)).model())
     weft.fold(base, [start], tmp_path / "start")
     assert state(study.model) == state(Base.open(tmp_path / "start").model())
+
+
+def test_a_checkpoint_of_another_dtype_lives_in_the_bases(tmp_path: Path) -> None:
+    base = Base.open(tiny.llama(tmp_path / "llama"))
+    weft.fold(base, [merging_tasks.updated(base, 1, ("norm.weight", "q_proj.weight"))], tmp_path / "tuned")
+    tuned = Base.open(tmp_path / "tuned")
+    shutil.copytree(tmp_path / "llama", tmp_path / "low")
+    base.model().bfloat16().save_pretrained(tmp_path / "low")
+    study = Study(Increments([tuned], Base.open(tmp_path / "low")), [[{"text": "the river is"}]])
+    with study.live(0) as model:
+        assert state(model) == state(tuned.model().bfloat16())
 
 
 def test_an_error_inside_leaves_the_base(tmp_path: Path) -> None:

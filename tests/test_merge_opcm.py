@@ -173,6 +173,8 @@ def test_anything_else_made_of_a_merge_is_one_model(family: Any) -> None:  # noq
     assert len(found) == 2 and found[0] == pytest.approx(norms[0], rel=1e-6)
     assert len(msg(weft.merge([ckpts[2], two], base, "opcm", **ALL))) == 2  # not the first
     assert len(msg(weft.merge([two, ckpts[2]], base, "opcm", **ALL))) == 3
+    part = weft.merge(ckpts[:2], base, "opcm", shard=(1, 2), **ALL)  # only some of the sum
+    assert "@blob/opcm" in part.tensors and len(msg(weft.merge([part, ckpts[2]], base, "opcm", **ALL))) == 2
 
 
 def msg(delta: Delta) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,11 @@ def test_what_cannot_be_matched_is_refused(tmp_path: Path) -> None:
     build.add("head.weight", np.ones((2, 4), np.float32))
     with pytest.raises(UsageError, match=r"the inputs add 'head.weight' \(1 such tensors\)"):
         weft.merge([build.done()], base, "weight-matching", layout="chain")
+    first = weft.diff(base, other, "dense")
+    over = replace(first, over=(first.id,))
+    for inputs, on in (([over], [first]), ([first, over], [])):
+        with pytest.raises(UsageError, match="made over other deltas"):
+            weft.merge(inputs, base, "weight-matching", layout="chain", on=on)
 
 
 # --- claims

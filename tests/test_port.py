@@ -133,6 +133,17 @@ def test_a_checkpoint_is_its_difference(tmp_path: Path) -> None:
         assert bits(found[name]) == bits(np.asarray((w.astype(np.float64) + tau).astype(wide)).astype(w.dtype)), name
 
 
+def test_a_checkpoint_of_another_dtype_is_its_difference(tmp_path: Path) -> None:
+    old, tuned = values(1), values(5, values(1))
+    low = {name: w.astype(ml_dtypes.bfloat16) for name, w in old.items()}
+    source, update = write_checkpoint(tmp_path / "old", low), write_checkpoint(tmp_path / "tuned", tuned)
+    target = write_checkpoint(tmp_path / "new", {**low, "norm.weight": low["norm.weight"] + low["norm.weight"]})
+    found = after(target, port(update, source, target), tmp_path / "f")
+    for name, w in tuned.items():
+        want = w if name != "norm.weight" else 2 * low[name].astype(np.float32) + (w - low[name].astype(np.float32))
+        np.testing.assert_array_equal(found[name], want.astype(ml_dtypes.bfloat16), err_msg=name)
+
+
 def test_a_patch_keeps_its_ops(bases: Any, tmp_path: Path) -> None:
     source, target, old, new = bases
     delta = update(source)
@@ -177,6 +188,11 @@ def test_renamed_tensors_are_found(bases: Any, tmp_path: Path) -> None:
         port(build.done(), source, target, rename=("a=b",))
 
 
+def test_the_recipe_has_the_seed_that_units_are_matched_with(bases: Any) -> None:
+    source, target, _, _ = bases
+    assert [port(update(source), source, target, seed=seed).recipe["seed"] for seed in (0, 5)] == [0, 5]
+
+
 def test_what_does_not_fit_is_listed_or_left_out(bases: Any, tmp_path: Path) -> None:
     source, _, _, new = bases
     odd = {**new, "layers.0.up.weight": new["layers.0.up.weight"][:5], "norm.weight": np.arange(6), "head.weight": np.ones((3, 6), np.float32)}
@@ -208,6 +224,19 @@ def test_groups_are_carried_whole_or_not_at_all(bases: Any, tmp_path: Path) -> N
     with pytest.raises(MismatchError, match="belongs to a group that does not fit as a whole"):
         port(delta, source, target, "portllm")
     assert set(port(delta, source, target, missing="skip").entries) == {"scale"}
+
+
+def test_what_shares_a_group_with_what_was_left_out_goes_too(bases: Any, tmp_path: Path) -> None:
+    source, _, _, new = bases
+    build = Builder(source)
+    six, eight = build.share("six", np.array([1, 0, 2, 3, 5, 4])), build.share("eight", np.array([1, 0, 2, 3, 5, 4, 7, 6]))
+    build.put("layers.0.up.weight", "permute", {"perm": eight}, group="hidden")
+    build.put("layers.0.down.weight", "permute", {"perm": eight}, group="hidden", axis=1)
+    build.put("layers.0.down.weight", "permute", {"perm": six}, group="res")
+    build.put("norm.weight", "permute", {"perm": six}, group="res")
+    build.put("scale", "dense", {"values": np.float32(2)})
+    target = write_checkpoint(tmp_path / "t", {name: w for name, w in new.items() if name != "norm.weight"})
+    assert set(port(build.done(), source, target, "portllm", missing="skip").entries) == {"scale"}
 
 
 def test_structure_and_activations(bases: Any) -> None:
@@ -242,6 +271,8 @@ def test_the_wrong_base_and_deltas_over_others_are_refused(bases: Any) -> None:
         port(first, source, target, "diff-vector")
     with pytest.raises(UsageError, match="alphas"):
         port(first, source, target, alphas=2)
+    with pytest.raises(UsageError, match="looks at no data"):
+        port(first, source, target, data=[{"text": "a"}])
 
 
 # --- vocabularies
@@ -349,6 +380,21 @@ def test_a_tied_tensor_reaches_both_where_the_target_has_two(tmp_path: Path) -> 
     found = after(target, port(delta, source, target), tmp_path / "f")
     for name, w in new.items():
         np.testing.assert_array_equal(found[name] - w, np.arange(4)[:, None] * np.ones((1, 3)))
+
+
+def test_the_second_of_two_tensors_is_changed_by_what_was_added_not_by_the_old_values(tmp_path: Path) -> None:
+    """The target's embedding is the source's, its output layer is not: one gets the tuned values, the other their difference."""
+    rng = np.random.default_rng(0)
+    old, tuned, head = rng.standard_normal((3, 4, 3)).astype(np.float32)
+    source = write_checkpoint(tmp_path / "old", {"embed_tokens.weight": old})
+    target = write_checkpoint(tmp_path / "new", {"embed_tokens.weight": old, "lm_head.weight": head})
+    build = Builder(source)
+    build.put("embed_tokens.weight", "assign", {"values": tuned})
+    ported = port(build.done(tied=(("embed_tokens.weight", "lm_head.weight"),)), source, target)
+    assert kinds(ported) == {"embed_tokens.weight": ["assign"], "lm_head.weight": ["dense"]} and (ported.notes["carried"], ported.notes["dense"]) == (1, 1)
+    found = after(target, ported, tmp_path / "f")
+    np.testing.assert_array_equal(found["embed_tokens.weight"], tuned)
+    np.testing.assert_allclose(found["lm_head.weight"], head + (tuned - old), rtol=1e-6)
 
 
 # --- what goes with it

@@ -1,4 +1,7 @@
-"""What porting is for, on bases that know their world (see bench/claims/porting.py, whose measurements these are)."""
+"""What porting is for, on bases that know their world (see bench/claims/porting.py, whose measurements these are).
+
+Directions are the papers' claims. The limits were set after these runs had been seen, on one seed each: they guard what was measured.
+"""
 
 from __future__ import annotations
 

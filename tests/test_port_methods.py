@@ -13,6 +13,7 @@ import torch
 import weft
 from tests import tiny
 from tests.test_merge import write_checkpoint
+from tests.test_permutations import Conv, plain
 from weft.base import Base
 from weft.cli import main
 from weft.delta import Builder, Delta
@@ -201,6 +202,27 @@ def test_reordered_units_are_found_and_the_update_follows(tmp_path: Path, kind: 
     error = (logits(target, [ported]) - tuned).norm() / (tuned - plain).norm()
     straight = (logits(target, [port(delta, source, target)]) - tuned).norm() / (tuned - plain).norm()
     assert error < 0.05 < 0.5 < straight
+
+
+def test_low_rank_updates_of_convolutions_follow_their_channels(tmp_path: Path) -> None:
+    """The columns of A count channels and places in the kernel together: such an update becomes dense, that of a linear layer does not."""
+    source = plain(tmp_path / "old", Conv())
+    groups = symmetries(source, "chain")
+    moving = permuting(source, groups, drawn(groups, 4))
+    weft.fold(source, [moving], tmp_path / "new")
+    rng = np.random.default_rng(0)
+    build = Builder(source)
+    for name, (rows, columns) in {"net.0.weight": (8, 27), "net.3.weight": (12, 72), "net.9.weight": (5, 20)}.items():
+        build.put(name, "lowrank", {"A": rng.standard_normal((2, columns)).astype(np.float32), "B": rng.standard_normal((rows, 2)).astype(np.float32)})
+    delta = build.done()
+    target = Base.open(tmp_path / "new")
+    ported = port(delta, source, target, "permuted", layout="chain")
+    assert {name: entry.ops[0].op for name, entry in ported.entries.items()} == {"net.0.weight": "lowrank", "net.3.weight": "dense", "net.9.weight": "lowrank"}
+    weft.fold(target, [ported], tmp_path / "ported")
+    weft.fold(source, [delta.then(moving)], tmp_path / "tuned")
+    for name in delta.entries:
+        got, want = (Base.open(tmp_path / folder).tensor(name).read() for folder in ("ported", "tuned"))
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_bases_in_one_order_are_carried_as_diff_vectors(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def main() -> None:
         try:
             from matplotlib import pyplot
         except ImportError:
-            parser.error("--plot needs matplotlib: pip install matplotlib")
+            parser.error("--plot needs matplotlib: pip install 'weft[plots]'")
     a, b = trained(0), trained(1)
     with TemporaryDirectory() as folder:
         near = matched(a, b, Path(folder))

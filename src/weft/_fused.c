@@ -145,12 +145,13 @@ EACH_CPU static void divide(float *restrict out, const float *restrict divisor, 
     for (size_t i = 0; i < count; i++) out[i] /= divisor[i] == 0.0f ? 1.0f : divisor[i];
 }
 
-/* At most CHUNK entries, the first of which has the number `start` in its tensor. `taus` has room for n x CHUNK. */
+/* At most CHUNK entries, the first of which has the number `start` in its tensor. `taus` has room for n x CHUNK. Without `out` an election
+ * is held for its balance alone. */
 static void combine(const Rule *rule, int bf16, const void *base, const void *const *models, uint64_t start, size_t count, float *taus, float *out,
                     Seen *seen) {
     float sign[CHUNK], divisor[CHUNK];
     uint16_t numbers[CHUNK + 8];
-    memset(out, 0, count * sizeof *out);
+    if (out) memset(out, 0, count * sizeof *out);
     if (!rule->elect && !rule->keys && rule->all) { /* a plain sum: the increments are never written down */
         for (int k = 0; k < rule->n; k++) {
             uint32_t largest = bf16 ? weighted16(base, models[k], rule->factors[k], out, count) : weighted32(base, models[k], rule->factors[k], out, count);
@@ -170,6 +171,7 @@ static void combine(const Rule *rule, int bf16, const void *base, const void *co
     }
     if (!rule->elect) return;
     seen->balance += signs(sign, rule->zero_is_plus, count);
+    if (!out) return;
     memset(divisor, 0, count * sizeof *divisor);
     for (int k = 0; k < rule->n; k++)
         add_agreeing(sign, rule->votes[k], rule->factors[k], rule->shares[k], taus + (size_t)k * CHUNK, out, divisor, count);
@@ -291,7 +293,7 @@ PUBLIC int weft_merged(int n, const float *numbers, const uint64_t *keys, uint32
         for (size_t i = 0; !failed && i < here; i += CHUNK) {
             size_t size = here - i < CHUNK ? here - i : CHUNK;
             for (int k = 0; k < n; k++) at[k] = stored + (size_t)(k + 1) * room + i * width;
-            combine(&rule, bf16, stored + i * width, at, start + piece + i, size, taus, by, &seen);
+            combine(&rule, bf16, stored + i * width, at, start + piece + i, size, taus, out < 0 && elect ? NULL : by, &seen);
             if (out >= 0) found[0] += settle(bf16, stored + i * width, by, new + i * width, size, sums);
         }
         if (seen.largest >= 0x7f800000u)
@@ -333,7 +335,7 @@ EACH_CPU static void near(const uint32_t *restrict size, uint32_t low, uint32_t 
     counts[0] = above, counts[1] = top, counts[2] = bottom, counts[3] = between;
 }
 
-/* For each of m pairs (low, high) of magnitudes: counts as above, and the magnitudes strictly between, of which `inner` has room for `room`; if there
+/* For each of m pairs (low, high) of magnitudes: counts as above, and the magnitudes strictly between, of which `inner` has room for `room` + 1 each; if there
  * are more, counts[4] is 1 and they are not all there. Results as weft_merged. */
 PUBLIC int weft_near(int bf16, const int *fds, const int64_t *places, size_t count, int m, const float *limits, float *inner, size_t room, int64_t *counts) {
     size_t width = bf16 ? 2 : 4;
@@ -354,9 +356,13 @@ PUBLIC int weft_near(int bf16, const int *fds, const int64_t *places, size_t cou
                 int64_t *sums = counts + 5 * k;
                 near(size, low, high, many, found);
                 if (found[3] && (uint64_t)sums[3] + found[3] > room) sums[4] = 1;
-                if (found[3] && !sums[4])
-                    for (size_t j = 0, at = (size_t)k * room + (size_t)sums[3]; j < many; j++)
-                        if (size[j] > low && size[j] < high) inner[at++] = of_bits(size[j]);
+                if (found[3] && !sums[4]) {
+                    float *to = inner + (size_t)k * (room + 1) + sums[3]; /* one more than there is room for: every entry is written, few stay */
+                    for (size_t j = 0; j < many; j++) {
+                        *to = of_bits(size[j]);
+                        to += (size[j] > low) & (size[j] < high);
+                    }
+                }
                 for (int c = 0; c < 4; c++) sums[c] += found[c];
             }
         }

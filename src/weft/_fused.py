@@ -229,7 +229,7 @@ def near_files(base: Stored, model: Stored, brackets: Sequence[tuple[float, floa
     if loops is None or {base.dtype, model.dtype} not in ({"BF16"}, {"F32"}):
         return None
     room = max(1024, count // 16)
-    counts, inner = np.zeros((len(brackets), 5), np.int64), np.empty((len(brackets), room), np.float32)
+    counts, inner = np.zeros((len(brackets), 5), np.int64), np.empty((len(brackets), room + 1), np.float32)
     places, limits = _places((base, model), start), np.array(brackets, np.float32)
     with _opened((base, model)) as opened:
         where = (*_pointers(opened, places), count, len(brackets), *_pointers(limits, inner), room, *_pointers(counts))

@@ -79,6 +79,15 @@ def _prepare(path: Path) -> Path:
     return folder / f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.weft-tmp"
 
 
+def require_space(path: Path, needed: int) -> None:
+    """WeftError if the disk of `path` has no room for `needed` bytes: to ask before the first of them is computed."""
+    from shutil import disk_usage
+
+    free = disk_usage(path.parent).free
+    if needed > free:
+        raise WeftError(f"cannot write {path}: it needs {needed:,} bytes, {free:,} are free; nothing was changed", hint="make room, or name another disk")
+
+
 def _explain(path: Path, error: OSError) -> WeftError:
     from shutil import disk_usage
 

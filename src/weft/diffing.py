@@ -90,7 +90,11 @@ def diff(
     summary: dict[str, Json] = {"tensors": 0, "entries": 0}
     ranks: dict[str, Json] = {}
     kept = norm = 0.0
-    jobs = (partial(_compare, name, base.tensor(name), checkpoint.tensor(name), mode, rank, energy, tolerance, block or BLOCK, threads) for name in both)
+    label = f"{checkpoint.source}: tensor "
+    jobs = (
+        partial(_compare, f"{label}{name!r}", base.tensor(name), checkpoint.tensor(name), mode, rank, energy, tolerance, block or BLOCK, threads)
+        for name in both
+    )
     with one_blas_thread(), closing(in_threads(jobs, threads)) as results:
         for name, found in zip(both, results, strict=True):
             if found is not None:
@@ -203,13 +207,13 @@ class _Change:
 
 
 def _compare(
-    name: str, old: Tensor, new: Tensor, mode: str, rank: int | None, energy: float | None, tolerance: float, block: int, threads: int
+    what: str, old: Tensor, new: Tensor, mode: str, rank: int | None, energy: float | None, tolerance: float, block: int, threads: int
 ) -> _Change | None:
     if (old.dtype, old.shape) != (new.dtype, new.shape):
         return _Change(None, {}, prod(new.shape))
     if mode == "exact" or old.dtype not in FLOATS:
         return _exact(old, new, block)
-    increments = _Increments(name, flat(old), flat(new), block, old.shape)
+    increments = _Increments(what, flat(old), flat(new), block, old.shape)
     changed = sum(int(part.size) for part, _ in increments.entries(tolerance))
     if not changed:
         return None
@@ -287,7 +291,7 @@ class _Dense(Tensor):
 class _Increments:
     """new - old, rounded to float32 (float64 for F64); both tensors flat. Entries with equal bits, NaNs too, give 0."""
 
-    name: str
+    what: str
     old: Tensor
     new: Tensor
     block: int
@@ -307,7 +311,7 @@ class _Increments:
         if not np.isfinite(out).all():
             at = lo + int(np.flatnonzero(~np.isfinite(out))[0])
             raise MismatchError(
-                f"{self.name}: the change of entry {at} (flat position) from {float(old[at - lo])} to {float(new[at - lo])} is no finite increment",
+                f"{self.what}: the change of entry {at} (flat position) from {float(old[at - lo])} to {float(new[at - lo])} is no finite increment",
                 hint="make the diff exact",
             )
         return out

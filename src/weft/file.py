@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from . import canon
-from ._write import atomic_file
+from ._write import atomic_file, require_space
 from .delta import FORMAT, Delta, Entry, _hash
 from .errors import FormatError, InputError
 from .ops.spec import Json, _fields, _text, sizes
@@ -55,7 +55,8 @@ def require_name(path: Path) -> None:
 def write(path: str | Path, delta: Delta) -> str:
     """Write a delta atomically; return its id. Tensors are streamed and hashed on the way, never all in memory.
 
-    The same delta gives the same bytes, whatever the number of threads or the order in which it was built.
+    The same delta gives the same bytes, whatever the number of threads or the order in which it was built. WeftError if the disk is too
+    small, before a tensor is read.
     """
     path = Path(path)
     require_name(path)
@@ -75,6 +76,7 @@ def write(path: str | Path, delta: Delta) -> str:
     except ValueError as error:
         raise InputError(f"{path}: the manifest cannot be written as JSON: {error}") from None
     with atomic_file(path) as out:
+        require_space(path, len(draft) + sum(tensor.nbytes for tensor in stored.values()))
         out.write(draft)
         for key in order:
             digest, count = hashlib.sha256(), 0

@@ -30,7 +30,7 @@ from .errors import FormatError, InputError, MismatchError, UsageError
 from .file import _order, container_header
 from .ops import OpEntry, chain
 from .ops import get as op_named
-from .stored import FLOATS, ITEMSIZE, Relative, Stored, Tensor, numpy_dtype, read_container
+from .stored import FLOATS, ITEMSIZE, Relative, Stored, Tensor, kept_open, numpy_dtype, read_container
 
 if TYPE_CHECKING:
     import numpy as np
@@ -230,10 +230,11 @@ def combined(base: Base, deltas: Sequence[Delta]) -> tuple[dict[str, Entry], dic
     entries: dict[str, Entry] = {}
     tensors: dict[str, Tensor] = {}
     for number, delta in enumerate(deltas):
-        names = {key: f"{number}/{key}" for key in delta.tensors}
-        tensors |= {names[key]: tensor for key, tensor in delta.tensors.items()}
+        names = {key: f"{number}/{key}" for key in delta.tensors} if len(deltas) > 1 else {}
+        tensors |= {names.get(key, key): tensor for key, tensor in delta.tensors.items()}
         for target, entry in with_tied(base, delta).items():
-            entry = replace(entry, ops=tuple(op.renamed(names) for op in entry.ops))
+            if names:
+                entry = replace(entry, ops=tuple(op.renamed(names) for op in entry.ops))
             _fits(base, target, entry)
             before = entries.get(target)
             if before is not None and (before.base, before.change) != (entry.base, entry.change):
@@ -385,7 +386,8 @@ _Result = tuple[int, list[tuple[str, _Found]]]
 
 
 def _together(pieces: Sequence[Callable[[], _Part]]) -> _Result:
-    parts = [piece() for piece in pieces]
+    with kept_open():
+        parts = [piece() for piece in pieces]
     return sum(part[0] for part in parts), [(name, found) for _, name, found in parts]
 
 

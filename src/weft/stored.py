@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,6 +85,25 @@ def _stamp(fd: int) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
+_OPEN = threading.local()
+
+
+@contextmanager
+def kept_open() -> Iterator[None]:
+    """Inside, on this thread, a file that tensors are read from stays open until the end: for many tensors of a few files."""
+    if getattr(_OPEN, "files", None) is not None:
+        yield
+        return
+    files: dict[Path, int] = {}
+    _OPEN.files = files
+    try:
+        yield
+    finally:
+        _OPEN.files = None
+        for fd in files.values():
+            os.close(fd)
+
+
 class Tensor:
     """One tensor, wherever its data is. `dtype` is a safetensors code, `shape` a tuple."""
 
@@ -110,6 +130,10 @@ class Tensor:
     def blocks(self, size: int = BLOCK) -> Iterator[bytes | memoryview]:
         """The raw little-endian bytes, in order, in blocks of at most `size` bytes."""
         raise NotImplementedError
+
+    def head(self, count: int) -> bytes | memoryview:
+        """The first `count` raw bytes, or all if there are fewer."""
+        return next(self.blocks(count), b"")
 
     def rows(self, lo: int, hi: int) -> np.ndarray[Any, Any]:
         """Rows lo..hi of the first axis, as a fresh array of the stored dtype."""
@@ -153,11 +177,17 @@ class Stored(Tensor):
 
     @contextmanager
     def _opened(self) -> Iterator[int]:
-        fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))  # io.open takes three times as long, and tensors can be many and tiny
+        held: dict[Path, int] | None = getattr(_OPEN, "files", None)
+        fd = None if held is None else held.get(self.path)
+        if fd is None:
+            fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))  # io.open takes three times as long, and tensors can be many and tiny
+            if held is not None:
+                held[self.path] = fd
         try:
             yield fd
         finally:
-            os.close(fd)
+            if held is None:
+                os.close(fd)
 
     def _pread(self, fd: int, count: int, position: int) -> bytes | memoryview:
         data: bytes | memoryview = os.pread(fd, min(count, _AT_ONCE), position)
@@ -174,6 +204,10 @@ class Stored(Tensor):
         if len(data) != count:
             raise FormatError(f"{self.path}: it is shorter than its header says (it ended at byte {position + len(data):,}, expected {position + count:,})")
         return data
+
+    def head(self, count: int) -> bytes | memoryview:
+        with self._opened() as fd:
+            return self._pread(fd, min(count, self.nbytes), self.offset)
 
     def blocks(self, size: int = BLOCK) -> Iterator[bytes | memoryview]:
         end = self.offset + self.nbytes

@@ -36,19 +36,21 @@ def command(out: Output, update: str, method: str, params: tuple[str, ...], base
 
     given = pairs(params, compress)
     result = compress(update, method, base, on=list(on), out=target, threads=threads, **given)
-    out.result({**made(result), "method": method}, f"{made_text(result)}\n{_told(result)}", result.id)
+    out.result({**made(result), "method": method}, f"{made_text(result)}\n{_told(result, base is not None)}", result.id)
     out.next("weft eval {} {} --data FILE.jsonl", base or "BASE", target)
 
 
-def _told(delta: Delta) -> str:
+def _told(delta: Delta, based: bool) -> str:
     summary: dict[str, Any] = dict(delta.notes["summary"])
     before, after, error = summary["before"], summary["after"], summary["error"]
-    size = f"{before / after:.1f} times smaller than" if after < before else "NOT smaller than"
+    size = f"{before / after:.1f} times smaller than" if 0 < after < before else "NOT smaller than" if after else "nothing is stored of what was there"
     entries = f"; {summary['kept']:,} of {summary['entries']:,} entries are not zero" if summary["entries"] else ""
     lost = (
         "every bit is kept"
         if error == 0 and not entries
-        else "the error of its increments is not known (give the base)"
+        else "its increments are zero"
+        if error is None and summary["tensors"]
+        else "the error of its increments is not known" + ("" if based else " (give the base)")
         if error is None
         else f"the relative error of its increments is {error:.3g}"
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -135,12 +136,12 @@ class Coded(Tensor):
 
     def _recent(self, number: int) -> Array:
         """One block; the last few of each thread are kept, because a search in sorted positions comes back to them."""
-        kept: tuple[tuple[Coded, int, Array], ...] = getattr(_RECENT, "blocks", ())
+        kept: tuple[tuple[weakref.ref[Coded], int, Array], ...] = getattr(_RECENT, "blocks", ())
         for tensor, which, part in kept:
-            if tensor is self and which == number:
+            if tensor() is self and which == number:
                 return part
         part = next(self._decoded(number, number + 1))[1]
-        _RECENT.blocks = ((self, number, part), *kept)[:_FEW]
+        _RECENT.blocks = ((weakref.ref(self), number, part), *kept)[:_FEW]  # weak: a thread must not keep whole payloads
         return part
 
     def _entries(self, lo: int, hi: int) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,8 @@ class Spool:
     """Keeps any number of payloads, in one file if they are large. It goes when the last tensor in it goes."""
 
     def __init__(self, in_memory: int = _IN_MEMORY) -> None:
-        self._file = tempfile.SpooledTemporaryFile(max_size=in_memory)  # noqa: SIM115 (closed when nothing refers to it any more)
+        self._file = tempfile.SpooledTemporaryFile(max_size=in_memory)  # noqa: SIM115 (closed when nothing refers to the spool)
+        weakref.finalize(self, self._file.close)
         self._size = 0
         self._lock = Lock()
 

@@ -50,7 +50,7 @@ class Codebook(Code):
         if cfg["form"] not in _FORMS:
             raise ValueError(f"unknown form {str(cfg['form'])[:40]!r}; there are {', '.join(_FORMS)}")
         table = cfg["table"]
-        if not isinstance(table, list) or not 1 <= len(table) <= _MOST or not all(type(v) in (int, float) and is_float32(v) for v in table):
+        if not isinstance(table, list) or not 1 <= len(table) <= _MOST or not all(type(v) in (int, float) and _is_float32(v) for v in table):
             raise ValueError(f"the table must be a list of 1 to {_MOST} float32 values")
         if any(a >= b for a, b in pairwise(table)):
             raise ValueError("the values of the table must ascend")
@@ -131,7 +131,7 @@ def _width(size: int) -> int:
     return (size - 1).bit_length()
 
 
-def is_float32(value: float) -> bool:
+def _is_float32(value: float) -> bool:
     """Whether a number is a finite float32."""
     import struct
 

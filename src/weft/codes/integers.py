@@ -2,11 +2,11 @@
 
     cfg  {"bits": 2 to 8, "group": entries in a group}
 
-Decoded: q * scale, with q from -(2^(bits-1) - 1) to 2^(bits-1) - 1 and scale a bfloat16; float32 holds that product exactly, and it is
-then rounded to the tensor's dtype. Encoded: scale = max |x| of the group / (2^(bits-1) - 1), rounded up to the next bfloat16, so that no entry
-is cut; q = x / scale in float64, rounded to nearest even. The entries must be finite. A group is `group` entries in a row,
-row-major, within one block of the tensor (the last one of a block may be shorter): where `group` divides the last axis and the
-block, that is along the last axis.
+Decoded: q * scale, with q from -(2^(bits-1) - 1) to 2^(bits-1) - 1 and scale a bfloat16; float32 holds that product exactly, and it is then
+rounded to the tensor's dtype. Encoded: scale = max |x| of the group / (2^(bits-1) - 1), rounded up to the next bfloat16, so that no entry
+is cut; q = x / scale in float64, rounded to nearest even. The entries must be finite, and within float32, as must be q * scale. A group is
+`group` entries in a row, row-major, within one block of the tensor (the last one of a block may be shorter): where `group` divides the last
+axis and the block, that is along the last axis.
 
 Layout of a block of n entries: the bfloat16 scale of each group, then n numbers q + 2^(bits-1) - 1 of `bits` bits (see `_bits`).
 """
@@ -54,8 +54,12 @@ class Integers(Code):
         if not np.isfinite(wide).all():
             raise InputError(f"{int(np.count_nonzero(~np.isfinite(wide))):,} NaN or infinite entries have no place among scaled integers")
         scales = _round_up(np.abs(wide).max(1) / top)
-        q = np.rint(wide / np.maximum(_wide(scales).astype(np.float64), 2.0**-200)[:, None])  # an all-zero group has scale 0
-        numbers = (np.clip(q, -top, top) + top).astype(np.uint8).reshape(-1)[: values.size]
+        exact = _wide(scales).astype(np.float64)
+        q = np.rint(wide / np.maximum(exact, 2.0**-200)[:, None])  # an all-zero group has scale 0
+        beyond = int(np.count_nonzero(np.maximum(np.abs(q) * exact[:, None], np.abs(wide)) > np.finfo(np.float32).max))
+        if beyond:
+            raise InputError(f"{beyond:,} entries are beyond the range of F32")
+        numbers = (q + top).astype(np.uint8).reshape(-1)[: values.size]
         return scales.astype("<u2").tobytes() + _bits.pack(numbers, cfg["bits"])
 
     def decode_block(self, data: memoryview, count: int, dtype: str, cfg: Mapping[str, Json], start: int) -> Array:
@@ -102,7 +106,7 @@ def _round_up(scales: Array) -> Array:
 
     with np.errstate(over="ignore"):
         single = scales.astype(np.float32)
-    single = np.where(single < scales, np.nextafter(single, np.float32(np.inf)), single)
+        single = np.where(single < scales, np.nextafter(single, np.float32(np.inf)), single)
     bits = single.view(np.uint32)
     out: Array = np.minimum((bits >> np.uint32(16)) + ((bits & np.uint32(0xFFFF)) != 0), _LARGEST).astype(np.uint16)
     return out

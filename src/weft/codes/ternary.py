@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-FORMS = ("golomb", "bitmask")
+_FORMS = ("golomb", "bitmask")
 _HEAD = 4
 _WIDEST = 16
 """The largest Rice parameter: gaps are shorter than a block."""
@@ -51,8 +51,8 @@ class Ternary(Code):
         scale, form = cfg["scale"], cfg["form"]
         if type(scale) not in (int, float) or not 2**-149 <= scale <= (2 - 2**-23) * 2.0**127:
             raise ValueError(f"scale must be a positive number that float32 can hold, got {scale!r:.40}")
-        if form not in FORMS:
-            raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r:.40}")
+        if form not in _FORMS:
+            raise ValueError(f"form must be one of {', '.join(_FORMS)}, got {form!r:.40}")
         if dtype != "F32":
             raise ValueError(f"its entries are F32, not {dtype}")
 
@@ -126,6 +126,8 @@ def _positions(data: memoryview, count: int) -> tuple[Array, Array]:
     if len(data) < _HEAD or k > count or b > _WIDEST or len(data) < first + low + signs:  # every quotient has a bit at least
         raise FormatError(f"{len(data):,} bytes cannot hold {k:,} of {count:,} positions, with {b} bits of each")
     unary = data[first + low :]
+    if len(unary) > -(-(k + (count >> b)) // 8):  # before a byte becomes eight entries: the quotients add up to no more than count / 2^b
+        raise FormatError(f"{len(unary):,} bytes of quotients for {k:,} of {count:,} positions")
     ones = np.flatnonzero(np.unpackbits(np.frombuffer(unary, np.uint8), bitorder="little").view(bool))
     if ones.size != k or len(unary) != (ones[-1] // 8 + 1 if k else 0):
         raise FormatError(f"expected {k:,} positions, got {ones.size:,}, or bytes after the last one")

@@ -77,7 +77,7 @@ def compress(
     reuse_memory()
     before = tuple(loaded(on))
     start = _as_delta(given, root, workers, exact=rule.exact)
-    if root is not None:
+    if root is not None and isinstance(given, Delta):  # a checkpoint's update was made of just this base
         start.require_base(root, on=start.over)
         if not rule.exact:
             start = as_increments(start, root, before, workers)
@@ -92,12 +92,12 @@ def compress(
                 hint="base=PATH (--base PATH)" if values else "weft methods compress",
             )
         found = summary(job, made, _size(given, job.delta), exact=rule.exact)
-    recipe = {"verb": "compress", "method": method, "config": as_dict(cfg), "inputs": lineage([given])}
-    parents = (given.id,) if isinstance(given, Delta) else ()
-    made = replace(made, recipe=recipe, parents=parents, notes={"summary": found}, path=None)
-    if out is None:
-        return made
-    made.save(Path(out))
+        recipe = {"verb": "compress", "method": method, "config": as_dict(cfg), "inputs": lineage([given])}
+        parents = (given.id,) if isinstance(given, Delta) else ()
+        made = replace(made, recipe=recipe, parents=parents, notes={"summary": found}, path=None)
+        if out is None:
+            return made
+        made.save(Path(out))
     return Delta.load(Path(out))
 
 

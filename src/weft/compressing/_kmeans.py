@@ -67,7 +67,7 @@ def levels(counts: Counts, k: int) -> list[float]:
                 break
             found = moved
         mean = found
-    return sorted({float(v) for v in mean.astype(np.float32)})
+    return sorted({float(v) + 0.0 for v in mean.astype(np.float32)})  # JSON has no -0
 
 
 def _groups(size: Array, total: Array, mean: Array) -> tuple[Array, Array, Array, Array]:

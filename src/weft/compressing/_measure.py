@@ -6,13 +6,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import prod, sqrt
+from math import isfinite, prod, sqrt
 from typing import TYPE_CHECKING, Any
 
 from ..codes import entries
 from ..delta import Delta, Entry
 from ..engine.increments import Block, Increments, independent
+from ..engine.lowrank import pairs_of
 from ..engine.stream import BLOCK, in_threads
+from ..errors import InputError
 from ..ops.spec import Json, OpEntry
 from ..stored import FLOATS
 from ._method import Job
@@ -49,7 +51,9 @@ def summary(job: Job, made: Delta, before: int, *, exact: bool = False) -> dict[
         found |= _by_values(job, made, [name for name in made.entries if name not in found])
         found |= _by_increments(job, made, [name for name in made.entries if name not in found])
     total = _Lost()
-    for lost in found.values():
+    for name, lost in found.items():
+        if not isfinite(lost.before + lost.moved):
+            raise InputError(f"{name}: its increment is NaN, infinite or too large to be measured", hint="check the run that made it")
         total += lost
     after = made.nbytes
     sizes: dict[str, Json] = {"before": before, "after": after, "ratio": float(f"{before / after:.4g}") if after else None}
@@ -76,7 +80,7 @@ def _by_factors(old: Delta, new: Delta) -> dict[str, _Lost]:
     for name, entry in new.entries.items():
         before = old.entries.get(name)
         if before is not None and before.shape == entry.shape and all(map(_is_factors, (*before.ops, *entry.ops))) and entry.ops and before.ops:
-            was, now = _factors(old, before, 1.0), _factors(new, entry, 1.0)
+            was, now = pairs_of(before.ops, old.get), pairs_of(entry.ops, new.get)
             lost = _Lost(_norm2(was), 0.0)
             if _changed(old, new, name):
                 lost.moved = _norm2([*now, *((b, a, -scale) for b, a, scale in was)])
@@ -88,17 +92,6 @@ def _by_factors(old: Delta, new: Delta) -> dict[str, _Lost]:
 
 def _is_factors(op: OpEntry) -> bool:
     return op.op == "lowrank" and op.at is None and set(op.t) == {"A", "B"} and all(ref.take is None for ref in op.t.values())
-
-
-def _factors(delta: Delta, entry: Entry, sign: float) -> list[tuple[Array, Array, float]]:
-    return [(_wide(delta, op, "B"), _wide(delta, op, "A"), sign * float(op.cfg.get("scale", 1.0))) for op in entry.ops]
-
-
-def _wide(delta: Delta, op: OpEntry, field: str) -> Array:
-    from .. import xp
-
-    out: Array = xp.cast(delta.get(op.t[field].key), "float64")
-    return out
 
 
 def _norm2(pairs: Sequence[tuple[Array, Array, float]]) -> float:

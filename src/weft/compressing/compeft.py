@@ -7,7 +7,8 @@ ones, ...), d numbers in all:
 
 h is the k-th largest magnitude, k = max(1, floor(density * d)): of the whole update (trim = "global", as in the paper) or of each tensor (trim = "tensor",
 then sigma and d are each tensor's own too; a tensor whose entries are all equal is left as it is, for its sigma is 0). Entries exactly as large as h are
-all kept, so ties can make it a few more than k; the authors' code keeps the (k + 1)-th as well. Magnitudes of F64 tensors are compared as float32.
+all kept, so ties can make it a few more than k; the authors' code keeps the (k + 1)-th as well. Zeros are never kept: where fewer than k entries are not
+zero, h is the smallest of those. Magnitudes of F64 tensors are compared as float32.
 
 sigma, by `scale`:
 
@@ -50,6 +51,9 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 R = TypeVar("R")
+
+_SMALLEST = 2.0**-149
+"""The smallest float32 above 0."""
 
 
 class CompeftConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -111,7 +115,8 @@ def _ternary(job: Job, keys: list[str], cfg: CompeftConfig) -> Ternary | None:
         return chain.from_iterable(job.map(key, function) for key in keys)
 
     size = sum(prod(job.fields[key].shape) for key in keys)
-    threshold = np.float32(kth_largest_magnitude(lambda: blocks(lambda x: x), max(1, int(cfg.density * size))).value)
+    least = kth_largest_magnitude(lambda: blocks(lambda x: x), max(1, int(cfg.density * size))).value
+    threshold = max(least, np.float32(_SMALLEST))
 
     def kept(x: Array) -> tuple[float, int]:
         large = abs(x)[abs(x).astype(np.float32, copy=False) >= threshold]
@@ -121,9 +126,9 @@ def _ternary(job: Job, keys: list[str], cfg: CompeftConfig) -> Ternary | None:
         sigma = reduce(_joined, blocks(_moments)).std
     else:
         total, count = map(sum, zip(*blocks(kept), strict=True))
-        sigma = total / count
+        sigma = total / max(count, 1)
     if not sigma:
-        return None if threshold else Ternary(0.0, 1.0)  # nothing but zeros, which stay zeros
+        return None if least else Ternary(_SMALLEST, 1.0)  # nothing but zeros, which stay zeros
     return Ternary(float(threshold), float(np.float32(cfg.alpha * sigma)))
 
 

@@ -11,9 +11,9 @@ which no matrix of rank r comes nearer to (Eckart and Young 1936). With both giv
     other additive ops  (dense, sparse, mixtures, ...) `engine.lowrank.leading` of D: LAPACK's SVD of the whole up to rows x columns x smaller
                         side = 2^33 (a second or so), a randomised one of the leading part beyond that, which reads D 14 times
 
-Left as they are: vectors, added tensors, ops relative to the weight or at run time, factors that several tensors share, dense views of a
-tensor, and whatever would not get smaller. Factors keep their dtype if they all have the same, else they are float32. Singular values come from LAPACK: the
-id of the result is the same on one machine with one numpy, and elsewhere the factors agree to about 1e-6 (see `weft diff --as lowrank`).
+Left as they are: vectors, added tensors, ops relative to the weight or at run time, what several tensors share, dense views of a
+tensor, and whatever would not take fewer bytes. Factors keep their dtype if they all have the same, else they are float32. Singular values come
+from LAPACK: the id of the result is the same on one machine with one numpy, and elsewhere the factors agree to about 1e-6 (see `weft diff --as lowrank`).
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
+from .. import xp
 from ..delta import SHARED, Delta, Entry, renumbered
 from ..engine.increments import Block, Increments, independent
-from ..engine.lowrank import Factors, Matrix, leading, recompress
+from ..engine.lowrank import Factors, Matrix, leading, pairs_of, recompress
 from ..engine.stream import in_threads
+from ..errors import InputError
 from ..methods import method
 from ..ops.op import flat_shape
 from ..ops.spec import OpEntry, Ref
-from ..stored import FLOATS, Tensor, hold, numpy_dtype
+from ..stored import FLOATS, ITEMSIZE, Tensor, hold, numpy_dtype
 from ._method import CompressMethod, Job
 
 if TYPE_CHECKING:
@@ -78,19 +80,18 @@ def _truncated(delta: Delta, name: str, rank: int | None, energy: float | None) 
     made: dict[str, Tensor] = {}
     for same in _by_view(entry.ops):
         view = same[0].at.shape(entry.shape) if same[0].at is not None else entry.shape
-        found = None
+        found, dtype = None, _dtype(delta, entry, same)
         if len(view) > 1 and not any(op.group for op in same):
             if all(_is_factors(delta, op) for op in same):
-                found = _of_factors(delta, same, rank, energy)
+                found = _of_factors(delta, name, same, rank, energy)
             elif len(same) == len(entry.ops) and same[0].at is None and any(op.op != "lowrank" for op in same):
                 found = _of_increment(delta, name, entry, rank, energy)
-        if found is None:
+        if found is None or (found.a.size + found.b.size) * ITEMSIZE[dtype] >= _bytes(delta, same):
             ops += same
             continue
-        dtype = numpy_dtype(_dtype(delta, entry, same))
         keys = {field: f"{name}//truncated.{len(ops)}.{field}" for field in ("A", "B")}
         ops.append(OpEntry("lowrank", {}, {field: Ref(key) for field, key in keys.items()}, same[0].at))
-        made |= {keys["A"]: hold(_cast(found.a, dtype)), keys["B"]: hold(_cast(found.b, dtype))}
+        made |= {key: hold(xp.cast(factor, str(numpy_dtype(dtype)))) for key, factor in zip(keys.values(), (found.a, found.b), strict=True)}
     return tuple(ops), made
 
 
@@ -110,16 +111,18 @@ def _is_factors(delta: Delta, op: OpEntry) -> bool:
     return op.op == "lowrank" and not any(ref.take is not None or ref.key.startswith(SHARED) for ref in op.t.values())
 
 
-def _of_factors(delta: Delta, ops: Sequence[OpEntry], rank: int | None, energy: float | None) -> Factors | None:
-    """All pairs as one; None if that is no smaller than they are."""
-    pairs = []
-    for op in ops:
-        scale = float(op.cfg.get("scale", 1.0))
-        for b, a, sign in (("B", "A", 1.0), ("B0", "A0", -1.0)):
-            if a in op.t:
-                pairs.append((delta.get(op.t[b].key), delta.get(op.t[a].key), sign * scale))
-    found = recompress(pairs, rank, energy)
-    return found if len(found.a) < sum(len(a) for _, a, _ in pairs) else None
+def _bytes(delta: Delta, ops: Iterable[OpEntry]) -> int:
+    """Bytes that the tensors of some ops take, as stored; shared ones, which stay, are not counted."""
+    keys = {key for op in ops for key in op.tensor_keys() if not key.startswith(SHARED)}
+    return sum(delta.tensors[key].storage.nbytes for key in keys)
+
+
+def _of_factors(delta: Delta, name: str, ops: Sequence[OpEntry], rank: int | None, energy: float | None) -> Factors:
+    """All pairs as one."""
+    try:
+        return recompress(pairs_of(ops, delta.get), rank, energy)
+    except InputError as error:
+        raise InputError(f"{name}: {error.message}", hint=error.hint) from None
 
 
 def _of_increment(delta: Delta, name: str, entry: Entry, rank: int | None, energy: float | None) -> Factors | None:
@@ -137,10 +140,3 @@ def _dtype(delta: Delta, entry: Entry, ops: Sequence[OpEntry]) -> str:
     """The dtype of factors that take the place of these ops."""
     codes = {delta.tensors[ref.key].dtype for op in ops for ref in op.t.values()}
     return codes.pop() if len(codes) == 1 and all(op.op == "lowrank" for op in ops) else "F64" if entry.dtype == "F64" else "F32"
-
-
-def _cast(values: Array, dtype: np.dtype[Any]) -> Array:
-    from .. import xp
-
-    out: Array = xp.cast(values, str(dtype))
-    return out

@@ -88,6 +88,7 @@ def edit(
     from ..engine import borrowing
     from ..engine.data import data_hash, field, most_tokens, read_rows
     from ..engine.edits import distinct, read_edits
+    from ..engine.surroundings import default_device, surroundings
     from ..names import NameMap
     from . import _run
     from ._method import Job
@@ -109,7 +110,7 @@ def edit(
     tokenizer = tokenizer if tokenizer is not None else base.tokenizer()
     taken_up = _state_of(before[-1], method) if before else None
     with borrowing.threads(threads):
-        model: Any = base.module if isinstance(base, LiveBase) else base.model(before, dtype=dtype, device=device or _device())
+        model: Any = base.module if isinstance(base, LiveBase) else base.model(before, dtype=dtype, device=device or default_device())
         _run.require_language_model(model)
         most = most_tokens(tokenizer, base.config, 1 << 20)
         job = Job(base, model, tokenizer, NameMap.of(base, model, before), texts, seed, batch_size, most)
@@ -138,7 +139,7 @@ def edit(
             "edits": data_hash([each.json() for each in wanted]),
             "data": None if rows is None else data_hash(rows),
             "continues": continues,
-            **_surroundings(model, tokenizer),
+            **surroundings(model, tokenizer),
         }
     build = Builder(base)
     for matrix, (a, b) in edited.factors:
@@ -163,31 +164,6 @@ def edit(
 
 def _silent(done: int, total: int) -> None:
     pass
-
-
-def _device() -> torch.device:
-    from accelerate import PartialState
-
-    found: torch.device = PartialState().device
-    return found
-
-
-def _surroundings(model: Any, tokenizer: Any) -> dict[str, Any]:
-    """What else the result depends on."""
-    import torch
-    import transformers
-
-    from .. import __version__
-    from ..engine.data import tokenizer_hash
-
-    parameter = next(model.parameters())
-    return {
-        "tokenizer": tokenizer_hash(tokenizer),
-        "dtype": str(parameter.dtype).removeprefix("torch."),
-        "device": parameter.device.type,
-        "threads": torch.get_num_threads(),
-        "versions": {"weft": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-    }
 
 
 def _packed(state: dict[str, np.ndarray[Any, Any]]) -> bytes:

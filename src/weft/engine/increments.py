@@ -31,7 +31,7 @@ from ..folding import with_tied
 from ..ops import chain
 from ..ops import get as op_named
 from ..ops.spec import Json, OpEntry
-from ..stored import FLOATS, Stored, Tensor, read_container
+from ..stored import FLOATS, Stored, Tensor, kept_open, read_container
 from .select import Brackets, Close, Over, near
 from .stream import BLOCK, Fields, in_threads, row_blocks
 
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 _SHOWN = 40
+_TOGETHER = 64
 _R = TypeVar("_R")
 
 
@@ -143,8 +144,13 @@ class _Checkpoint:
     def changed(self, threads: int) -> Iterator[str]:
         """Names of the tensors whose bytes differ, found by comparing them up to the first difference. Only for a checkpoint without problems."""
         names = list(self.base.tensors)
-        found = in_threads((partial(_differ, self.base.tensors[name], self.ckpt.tensors[name]) for name in names), threads)
-        yield from (name for name, differs in zip(names, found, strict=True) if differs)
+        parts = [names[k : k + _TOGETHER] for k in range(0, len(names), _TOGETHER)]
+        for some in in_threads((partial(self._differing, part) for part in parts), threads):
+            yield from some
+
+    def _differing(self, names: Sequence[str]) -> list[str]:
+        with kept_open():
+            return [name for name in names if _differ(self.base.tensors[name], self.ckpt.tensors[name])]
 
     def by_rows(self, target: Target) -> bool:
         return bool(target.shape)
@@ -233,7 +239,7 @@ def _differ(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype:
         return True
     size = 1 << 12
-    if next(a.blocks(size), b"") != next(b.blocks(size), b""):  # most that differ do so at once
+    if a.head(size) != b.head(size):  # most that differ do so at once
         return True
     return a.nbytes > size and any(x != y for x, y in zip(a.blocks(), b.blocks(), strict=True))
 
@@ -464,6 +470,10 @@ class Increments:
 
     def twins(self) -> dict[str, str]:
         """For each target of which the base has the same bytes under another name (stored copies of a tied tensor), the first such target."""
+        with kept_open():
+            return self._twins()
+
+    def _twins(self) -> dict[str, str]:
         alike: dict[Any, list[str]] = {}
         for name, target in self.targets.items():
             if not target.added:
@@ -481,7 +491,7 @@ class Increments:
     def _start(self, name: str) -> bytes:
         """A base tensor's first bytes: enough to tell most tensors apart."""
         assert self.base is not None
-        return bytes(next(self.base.tensors[name].blocks(64), b""))
+        return bytes(self.base.tensors[name].head(64))
 
     # --- increments
 
@@ -536,8 +546,13 @@ class Increments:
 
     def balance(self, rule: Callable[[Target], Combination]) -> int:
         """At how many entries of all tensors plus wins the election of a combination, less those at which minus does."""
-        jobs = (partial(self._balance, rule(target), target, lo, hi) for target in self.targets.values() for lo, hi in _pieces(target, 8 * self.block_size))
-        return sum(in_threads(jobs, self.threads))
+        targets = list(self.targets.values())
+        parts = [targets[k : k + _TOGETHER] for k in range(0, len(targets), _TOGETHER)] if len(targets) > 64 * self.threads else [[each] for each in targets]
+        return sum(in_threads((partial(self._balances, rule, part) for part in parts), self.threads))
+
+    def _balances(self, rule: Callable[[Target], Combination], targets: Sequence[Target]) -> int:
+        with kept_open():
+            return sum(self._balance(rule(each), each, lo, hi) for each in targets for lo, hi in _pieces(each, 8 * self.block_size))
 
     def _balance(self, rule: Combination, target: Target, lo: int, hi: int) -> int:
         found = self.merged(rule, target, lo, hi) if target.wide == "float32" and not target.added else None

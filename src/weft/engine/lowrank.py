@@ -10,12 +10,14 @@ LAPACK's last bits depend on the machine and the numpy version, and on its threa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import xp
 from ..errors import InputError
+from ..ops.chain import Get, gathered
+from ..ops.spec import OpEntry
 from .stream import row_blocks
 
 if TYPE_CHECKING:
@@ -36,6 +38,18 @@ class Factors(NamedTuple):
     b: Array
     a: Array
     captured: float
+
+
+def pairs_of(ops: Iterable[OpEntry], get: Get) -> list[tuple[Array, Array, float]]:
+    """The pairs (B, A, scale) of `lowrank` ops, float64, whose sum is what the ops add: a frozen pair (B0, A0) has the opposite scale."""
+    found = []
+    for op in ops:
+        scale = float(op.cfg.get("scale", 1.0))
+        for names, sign in ((("B", "A"), 1.0), (("B0", "A0"), -1.0)):
+            if names[0] in op.t:
+                b, a = (xp.cast(gathered(op.t[name], get), "float64") for name in names)
+                found.append((b, a, sign * scale))
+    return found
 
 
 def recompress(pairs: Sequence[tuple[Array, Array, float]], rank: int | None = None, energy: float | None = None) -> Factors:

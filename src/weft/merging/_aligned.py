@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import xp
 from ..base import Base
-from ..delta import BaseTensor
+from ..delta import BaseTensor, Delta
 from ..engine.increments import Block, Increments, Target
 from ..engine.matching import matched
 from ..engine.permutations import Group, Place, axis_orders, by_tensor, permuted
@@ -43,7 +43,7 @@ class Aligned:
         """
         if models.base is None:
             raise UsageError("units are matched with those of the base; give the base", hint="base=PATH (--base PATH)")
-        if models.start:
+        if any(isinstance(update, Delta) and update.over for update in models.updates):
             raise UsageError("updates that were made over other deltas cannot be matched with the base", hint="fold those deltas first, and match checkpoints")
         added = [target.name for target in models.targets.values() if target.change is not None]
         if added:

@@ -20,10 +20,12 @@ from torch import nn
 
 from ..attaching import attach, detach
 from ..base import LiveBase
-from ..delta import Builder, Delta
-from ..engine.data import IGNORE, Example, Row, data_hash, field, most_tokens, pad_id, padded, read_rows, tokenizer_hash
+from ..delta import Delta
+from ..engine.data import IGNORE, Example, Row, data_hash, field, most_tokens, pad_id, padded, read_rows
 from ..engine.increments import Increments, Target
+from ..engine.replacing import replacing
 from ..engine.rows import Encoder, has_head, kind_of
+from ..engine.surroundings import default_device, surroundings
 from ..errors import InputError, MismatchError, UsageError
 from ..names import NameMap, Place, live_tensors
 from ..sites import Site, all_sites
@@ -60,7 +62,7 @@ class Study:
         self._hashes = [hashes[id(each)] for each in data]
         self.tokenizer: Any = self.base.tokenizer()
         structure = [*models.start, *(update for update in models.updates if isinstance(update, Delta))]
-        model: Any = self.base.model(structure, device=device if device is not None else _device())
+        model: Any = self.base.model(structure, device=default_device() if device is None else device)
         model.requires_grad_(False)
         model.config.use_cache = False
         self.pad = pad_id(self.tokenizer)
@@ -92,19 +94,7 @@ class Study:
 
     def recipe(self) -> dict[str, Any]:
         """What else the result depends on."""
-        import transformers
-
-        from .. import __version__
-
-        return {
-            "data": self._hashes,
-            "batch_size": self.batch_size,
-            "tokenizer": tokenizer_hash(self.tokenizer),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "device": self.device.type,
-            "threads": torch.get_num_threads(),
-            "versions": {"weft": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        }
+        return {"data": self._hashes, "batch_size": self.batch_size, **surroundings(self.model, self.tokenizer)}
 
     # --- the live models
 
@@ -112,7 +102,7 @@ class Study:
     def live(self, number: int) -> Iterator[nn.Module]:
         """The live model with update `number` on it: what that update's fold would be. Afterwards it is the base (with `models.start`) again."""
         update = self.models.updates[number]
-        with self.beneath(number), self._attached([update if isinstance(update, Delta) else self._replayed(number)]):
+        with self.beneath(number), self._attached([update if isinstance(update, Delta) else replacing(self.models, number)]):
             yield self.model
 
     @contextmanager
@@ -139,14 +129,6 @@ class Study:
         finally:
             for handle in reversed(added):
                 detach(self.model, handle)
-
-    def _replayed(self, number: int) -> Delta:
-        """A checkpoint as the delta that replays its tensors."""
-        build, checkpoint = Builder(self.base), self.models.updates[number]
-        for name in self.models.targets:
-            if self.models.touches(number, name):
-                build.put(name, "assign", {"values": checkpoint.tensors[name]})
-        return build.done()
 
     # --- data
 
@@ -212,13 +194,6 @@ class Study:
                 part = place.part.get(whole) if place.part else whole
                 part.copy_(place.at.get(value) if place.at else value)
         return whole
-
-
-def _device() -> torch.device:
-    from accelerate import PartialState
-
-    found: torch.device = PartialState().device
-    return found
 
 
 def predicted(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

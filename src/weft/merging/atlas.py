@@ -26,15 +26,11 @@ import msgspec
 
 from ..errors import UsageError
 from ..methods import method
-from ._method import DataMethod, weighted_sum
+from ._method import DataMethod
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from ..engine.increments import Block, Target
+    from ..engine.increments import Target
     from ._data import Study
-
-    Array = np.ndarray[Any, Any]
 
 
 class AtlasConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -77,6 +73,3 @@ class Atlas(DataMethod[AtlasConfig]):
 
     def coefficients(self, weights: Sequence[float], cfg: AtlasConfig, state: dict[str, list[float]], target: Target) -> list[float]:
         return state[target.name]
-
-    def merge(self, taus: list[Array], weights: Sequence[float], cfg: AtlasConfig, state: dict[str, list[float]], block: Block) -> Array:
-        return weighted_sum(taus, state[block.target.name])

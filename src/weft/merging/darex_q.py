@@ -34,14 +34,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import msgspec
 
 from .. import canon
+from .._fused import Combination
 from ..methods import method
-from ._method import DataMethod, weighted_sum
-from .dare import dropped, mask_keys, masked
+from ._method import DataMethod
+from .dare import dropped, mask_keys
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..engine.increments import Block, Increments, Target
+    from ..engine.increments import Increments, Target
     from ._data import Study
 
     Array = np.ndarray[Any, Any]
@@ -99,9 +100,8 @@ class DarexQ(DataMethod[DarexQConfig]):
         each = [found_q(study, number, cfg, {name: several[number] for name, several in keys.items()}) for number in range(len(weights))]
         return DarexQState(keys, {name: [q[name] for q in each] for name in keys}, True)
 
-    def merge(self, taus: list[Array], weights: Sequence[float], cfg: DarexQConfig, state: DarexQState, block: Block) -> Array:
-        kept = masked(taus, state.keys[block.target.name], cfg.drop, block)
-        return weighted_sum(kept, self.coefficients(weights, cfg, state, block.target))
+    def combination(self, weights: Sequence[float], cfg: DarexQConfig, state: DarexQState, target: Target) -> Combination:
+        return Combination(self.coefficients(weights, cfg, state, target), keys=state.keys[target.name], dropped=dropped(cfg.drop))
 
     def blobs(self, state: DarexQState) -> dict[str, bytes]:
         return {"darex-q": canon.dumps({name: list(q) for name, q in state.q.items()})} if state.found else {}

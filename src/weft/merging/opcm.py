@@ -167,7 +167,7 @@ def _square(x: Array) -> float:
 
 def _norms_of(delta: Delta) -> tuple[float, ...]:
     """The norms of the models in a delta that `opcm` made; none for anything else, a scaled or a partial one included."""
-    if (delta.recipe.get("verb"), delta.recipe.get("method")) != ("merge", STATE):
+    if (delta.recipe.get("verb"), delta.recipe.get("method")) != ("merge", STATE) or "shard" in delta.recipe:
         return ()
     where = f"{delta.path or 'the first input'}: {BLOB}{STATE}"
     blob = delta.tensors.get(BLOB + STATE)

@@ -12,7 +12,7 @@ from math import prod
 from typing import Any
 
 from .. import xp
-from .op import Array, Config, Generator, Info, Op, Shape, Tensors, check_positions, expect
+from .op import Array, Config, Generator, Info, Op, Shape, Tensors, check_positions, expect_positions
 
 
 class Assign(Op):
@@ -26,7 +26,7 @@ class Assign(Op):
     raw = True
 
     def check(self, shape: Shape, cfg: Config, t: Mapping[str, Info]) -> None:
-        want = tuple(shape) if "index" not in t else expect(t, "index", [None], "index")
+        want = tuple(shape) if "index" not in t else expect_positions(t, prod(shape))
         if t["values"].shape != want:
             raise ValueError(f"field values: expected shape {list(want)}, got {list(t['values'].shape)}")
 

@@ -178,6 +178,14 @@ def check_positions(index: Array, size: int) -> None:
         raise ValueError(f"field index: positions must be sorted, unique and within 0..{size - 1}")
 
 
+def expect_positions(t: Mapping[str, Info], size: int) -> Shape:
+    """Check the shape and dtype of the field `index`, flat positions in a target of `size` entries; return its shape."""
+    shape = expect(t, "index", [None], "index")
+    if shape[0] > size:  # a coded tensor of a few bytes can claim any number of them
+        raise ValueError(f"field index: {shape[0]:,} positions in a target of {size:,} entries")
+    return shape
+
+
 def expect(t: Mapping[str, Info], field: str, shape: Sequence[int | None], kind: str = "float") -> Shape:
     """Check one field's shape (None: any size) and dtype class ("float" or "index"); return its shape."""
     from ..stored import FLOATS

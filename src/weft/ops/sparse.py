@@ -8,7 +8,7 @@ from typing import Any
 
 from .. import xp
 from .assign import entries_in_rows
-from .op import Array, Config, Generator, Info, Op, Shape, Tensors, check_positions, expect
+from .op import Array, Config, Generator, Info, Op, Shape, Tensors, check_positions, expect, expect_positions
 
 
 class Sparse(Op):
@@ -21,7 +21,7 @@ class Sparse(Op):
     by_rows = True
 
     def check(self, shape: Shape, cfg: Config, t: Mapping[str, Info]) -> None:
-        expect(t, "values", expect(t, "index", [None], "index"))
+        expect(t, "values", expect_positions(t, prod(shape)))
 
     def init(self, shape: Shape, gen: Generator, *, density: float = 0.1) -> dict[str, Any]:
         import numpy as np

@@ -20,7 +20,9 @@ from ..config import as_dict, make
 from ..delta import Delta
 from ..engine.data import data_hash, read_rows
 from ..engine.increments import Update, open_update
-from ..errors import InputError, MismatchError, UsageError
+from ..engine.stream import thread_count
+from ..errors import MismatchError
+from ..file import require_name
 from ..methods import get
 from ._method import Job
 from ._prediction import Prediction, predict
@@ -38,7 +40,7 @@ def port(
     data: Any = None,
     seed: int = 0,
     device: str | None = None,
-    threads: int = 1,
+    threads: int | None = 1,
     **params: Any,
 ) -> Delta:
     """Carry an update from the base it was made for to another one.
@@ -48,10 +50,10 @@ def port(
     target:  the base that gets it
     method:  a name from `weft methods port`; `params` are its options
     out:     a .safetensors file to write the delta to
-    data:    rows or files (see `weft.engine.data.read_rows`), for methods that need some
+    data:    rows or files (see `weft.engine.data.read_rows`), for methods that need some (UsageError for the others)
     seed:    of whatever is random
     device:  where models run, for methods that run them
-    threads: blocks computed at a time; the result does not depend on it
+    threads: blocks computed at a time (None: the CPUs of this process, at most 8); the result does not depend on it
 
     Returns the delta for the target: of the file if `out` is given, else one whose dense tensors are computed from the source when they
     are read. Its parent is the update's id; its notes say what was carried, and how (`carried` with their own ops, `dense`, `left` out
@@ -61,19 +63,16 @@ def port(
     """
     record = get("port", method)
     cfg = make(record.config, params, f"port method {method!r}")
-    if threads < 1:
-        raise UsageError(f"threads must be at least 1, got {threads}")
-    if out is not None and Path(out).suffix != ".safetensors":
-        raise UsageError(f"{out}: a delta is one .safetensors file", hint=f"out={Path(out).with_suffix('.safetensors')}")
-    if out is not None and not Path(out).parent.is_dir():
-        raise InputError(f"cannot write {out}: the folder {Path(out).parent} does not exist", hint=f"mkdir -p {Path(out).parent}")
+    workers = thread_count(threads)
+    if out is not None:
+        require_name(Path(out))
     old, new, given = opened(source), opened(target), open_update(update)
     _require(given, old)
     rows = None if data is None else read_rows(data)
-    made: Delta = record.run(Job(given, old, new, rows, seed, device, threads), cfg)
+    made: Delta = record.run(Job(given, old, new, rows, seed, device, workers), cfg)
     recipe: dict[str, Any] = {"verb": "port", "method": method, "config": as_dict(cfg), "from": old.fingerprint}
     recipe |= {"update": given.id} if isinstance(given, Delta) else {"checkpoint": given.fingerprint}
-    recipe |= {"data": data_hash(rows), "seed": seed} if rows is not None else {}
+    recipe |= {"seed": seed} | ({"data": data_hash(rows)} if rows is not None else {})
     recipe |= {"made": made.recipe} if made.recipe else {}
     delta = replace(made, recipe=recipe, parents=(given.id,) if isinstance(given, Delta) else (), path=None)
     if out is not None:

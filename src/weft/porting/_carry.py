@@ -16,7 +16,9 @@ import msgspec
 
 from ..base import Base
 from ..delta import BLOB, INPUT, MODULE, BaseTensor, Delta, Entry, renumbered, scaled_ops
+from ..engine.finite import require_finite
 from ..engine.increments import Block, Increments, Target
+from ..engine.replacing import replacing
 from ..engine.stream import in_threads, row_blocks
 from ..errors import MismatchError, UsageError, near
 from ..ops.spec import OpEntry, Ref
@@ -121,7 +123,9 @@ def carry(job: Job, cfg: CarryConfig, rule: Rule, alpha: float = 1.0, move: Call
     `move` may add to where things go (permutations). What is added (a classification head) and what runs on activations is carried
     as it is. Raises MismatchError with everything that does not fit, unless cfg.missing is "skip".
     """
-    whole = _checkpoint(job) if isinstance(job.update, Base) else job.update
+    if job.rows is not None:
+        raise UsageError("this port method looks at no data", hint="leave data out; weft.porting.predict takes some")
+    whole = replacing(Increments([job.update], job.source), 0) if isinstance(job.update, Base) else job.update
     inside = {name: entry for name, entry in whole.entries.items() if entry.base is not None and entry.change is None}
     rename = renamer(cfg.rename, [*whole.entries, *job.source.tensors])
     found, left = place({name: entry.base for name, entry in inside.items() if entry.base is not None}, job.source, job.target, rename)
@@ -136,6 +140,13 @@ def carry(job: Job, cfg: CarryConfig, rule: Rule, alpha: float = 1.0, move: Call
             why = out.outside(name, rename(name), entry)
         if why:
             left[name] = why
+    # where the source has one tensor under two names and the target has two tensors, both are changed, each by its own rule
+    copies = {other: name for group in whole.tied for name in group if name in found and name not in left for other in group if other not in whole.entries}
+    apart, _ = place({other: base for other, name in copies.items() if (base := inside[name].base)}, job.source, job.target, rename)
+    for other, each in apart.items():
+        name = copies[other]
+        if each.new not in {known.new for known in found.values()} and (why := out.inside(inside[name], move({name: replace(each, old=name)})[name], rule)):
+            left[other] = why
     left |= out.split(left)
     if left and cfg.missing == "refuse":
         listed = [f"{name}: {why}" for name, why in left.items()]
@@ -145,19 +156,8 @@ def carry(job: Job, cfg: CarryConfig, rule: Rule, alpha: float = 1.0, move: Call
             + "".join(f"\n  - {line}" for line in shown),
             hint="leave them out: -p missing=skip; if they have other names there: -p rename=OLD=NEW",
         )
+    require_finite(whole, out.kept, str(whole.path or "the update"))
     return out.done(left, rename)
-
-
-def _checkpoint(job: Job) -> Delta:
-    """A checkpoint as a delta of whole new values on the source, without a copy of anything."""
-    assert isinstance(job.update, Base)
-    models = Increments([job.update], job.source)
-    entries, tensors = {}, {}
-    for name, target in models.targets.items():
-        key = f"{name}//0.values"
-        entries[name] = Entry((OpEntry("assign", {}, {"values": Ref(key)}),), target.base)
-        tensors[key] = job.update.tensors[name]
-    return Delta(job.source.fingerprint, entries, tensors)
 
 
 class _Out:
@@ -170,6 +170,11 @@ class _Out:
         self._names: dict[str, str] = {}
         self._dense: dict[str, Place] = {}
         self._takes: dict[str, Place] = {}
+
+    @property
+    def kept(self) -> list[str]:
+        """The source's names of what is carried with its own ops."""
+        return [self._names[new] for new in self._entries if new in self._names and new not in self._dense]
 
     def inside(self, entry: Entry, place: Place, rule: Rule) -> str:
         """Carry a change in place; returns why it cannot be, or ""."""
@@ -222,11 +227,13 @@ class _Out:
 
     def split(self, left: Mapping[str, str]) -> dict[str, str]:
         """Take out what belongs to a group of which another part was left out; it is taken whole or not at all."""
-        gone = {group for name in left for group in _groups(self._whole.entries[name])}
-        torn = [new for new, entry in self._entries.items() if new not in self._dense and gone & _groups(entry)]
-        for new in torn:
-            del self._entries[new]
-        return {self._names[new]: "it belongs to a group that does not fit as a whole" for new in torn}
+        gone = {group for name in left if name in self._whole.entries for group in _groups(self._whole.entries[name])}
+        torn: dict[str, str] = {}
+        while more := [new for new, entry in self._entries.items() if new not in self._dense and gone & _groups(entry)]:
+            for new in more:  # its other groups go with it
+                gone |= _groups(self._entries.pop(new))
+            torn |= {self._names[new]: "it belongs to a group that does not fit as a whole" for new in more}
+        return torn
 
     def done(self, left: Mapping[str, str], rename: Callable[[str], str]) -> Delta:
         """The delta, with what was done as notes."""
@@ -238,7 +245,6 @@ class _Out:
             for new, entry in self._entries.items()
         }
         entries |= self._increments() if self._dense else {}
-        entries |= self._untied(entries, rename)
         data = self._tensors if not left and not self._dense else {key: tensor for key, tensor in self._tensors.items() if not key.startswith(BLOB)}
         entries, tensors = renumbered(entries, data)
         tied = tuple(group for group in (tuple(rename(name) for name in names) for names in whole.tied) if entries.keys() & set(group))
@@ -262,25 +268,18 @@ class _Out:
             found[new] = Entry((OpEntry("dense", {} if self._alpha == 1 else {"scale": self._alpha}, {"values": Ref(key)}),), self._entries[new].base)
         return found
 
-    def _untied(self, entries: Mapping[str, Entry], rename: Callable[[str], str]) -> dict[str, Entry]:
-        """Where the source has one tensor under two names and the target has two tensors, both are changed."""
-        more = {}
-        for group in self._whole.tied:
-            mine = next((entries[rename(name)] for name in group if rename(name) in entries), None)
-            for name in map(rename, group):
-                there = self._job.target.tensors.get(name)
-                if mine is not None and there is not None and name not in entries and mine.shape == there.shape:
-                    more[name] = replace(mine, base=BaseTensor(there.dtype, there.shape, self._job.target.sha256(name)))
-        return more
-
 
 def _groups(entry: Entry) -> set[str]:
     return {op.group for outer in entry.ops for op in outer.walk() if op.group is not None}
 
 
-def movable(ops: Sequence[OpEntry], place: Place) -> bool:
-    """Whether ops can be carried to other rows and columns as they are: low-rank ones, whose factors can be taken row by row."""
-    return place.takes.keys() <= {0, 1} and all(op.op == "lowrank" and op.at is None and not any(ref.take for ref in op.t.values()) for op in ops)
+def movable(entry: Entry, place: Place) -> bool:
+    """Whether ops can be carried to other rows and columns as they are: low-rank ones, whose factors can be taken row by row.
+
+    The columns of a tensor with more than two axes are several of them in one.
+    """
+    axes = {0, 1} if len(entry.shape) == 2 else {0}
+    return place.takes.keys() <= axes and all(op.op == "lowrank" and op.at is None and not any(ref.take for ref in op.t.values()) for op in entry.ops)
 
 
 @dataclass(frozen=True, eq=False)

@@ -48,5 +48,5 @@ def diff_vector_transfer(job: Job, cfg: DiffVectorTransferConfig) -> Delta:
 def as_increment(entry: Entry, place: Place, same: bool) -> str:
     """How an entry is carried as a difference: with its own ops where they mean the same there, else dense."""
     if place.takes:
-        return "ops" if movable(entry.ops, place) else "dense"
+        return "ops" if movable(entry, place) else "dense"
     return "ops" if same or independent(entry.ops) else "dense"

@@ -46,6 +46,6 @@ def as_patch(entry: Entry, place: Place, same: bool) -> str:
     raw = [op.op for outer in entry.ops for op in outer.walk() if op.op != SUM and op_named(op.op).raw]
     if raw and not same:
         return f"its {raw[0]} op would put the old base's values back (diff-vector-transfer carries the difference)"
-    if place.takes and not movable(entry.ops, place):
+    if place.takes and not movable(entry, place):
         return "the vocabularies differ, and only low-rank ops can be carried row by row (diff-vector-transfer makes the others dense)"
     return "ops"

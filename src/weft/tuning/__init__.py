@@ -15,14 +15,15 @@ import msgspec
 import torch
 from torch import nn
 
-from .. import __version__, config, methods, xp
+from .. import config, methods, xp
 from ..attaching import attach, detach, probe
 from ..base import Base, LiveBase
 from ..delta import Builder, Delta, loaded
 from ..engine import borrowing
-from ..engine.data import data_hash, read_rows, tokenizer_hash
+from ..engine.data import data_hash, read_rows
 from ..engine.events import Events, PlainProgress, Progress
 from ..engine.loop import Evaluate, Hooks, LoopConfig, Run, Summary, train
+from ..engine.surroundings import default_device, surroundings
 from ..errors import InputError, UsageError
 from ..names import NameMap
 from ..ops import Generator
@@ -140,7 +141,7 @@ def tune(
                     seed,
                     hooks,
                 )
-                recipe = _recipe(choices, guards, configs, seed, data_hash(rows), tokenizer, model, run)
+                recipe = _recipe(choices, guards, configs, seed, data_hash(rows), tokenizer, model)
                 identity = {"base": base.fingerprint, "over": [delta.id for delta in before], **recipe}
                 summary = train(
                     run,
@@ -216,11 +217,7 @@ def _model(base: Base, goal: Objective, deltas: Sequence[Delta], dtype: str | to
         if deltas[-1].entries or (goal.architecture or known) != known:
             raise UsageError(f"the objective needs a {goal.architecture}, but the base is a live {known}", hint="open its checkpoint: Base.open(PATH)")
         return base.module
-    if device is None:
-        from accelerate import PartialState
-
-        device = PartialState().device
-    return base.model(deltas, dtype=dtype, device=device, auto_class=goal.architecture)
+    return base.model(deltas, dtype=dtype, device=default_device() if device is None else device, auto_class=goal.architecture)
 
 
 def _fill(job: Job) -> None:
@@ -246,11 +243,8 @@ def _recipe(
     data: str,
     tokenizer: Any,
     model: nn.Module,
-    run: Run,
 ) -> dict[str, Any]:
     """Everything that the result depends on."""
-    import transformers
-
     parts: dict[str, Any] = {kind: {"name": name, **config.as_dict(configs[kind])} for kind, name in choices.items()}
     parts["guards"] = [{"name": name, **config.as_dict(configs[name])} for name in guards]
     parts["loop"] = config.as_dict(configs["loop"])
@@ -260,11 +254,7 @@ def _recipe(
         "config": parts,
         "seed": seed,
         "data": data,
-        "tokenizer": None if tokenizer is None else tokenizer_hash(tokenizer),
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "device": run.device.type,
-        "threads": torch.get_num_threads(),
-        "versions": {"weft": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+        **surroundings(model, tokenizer),
     }
 
 
