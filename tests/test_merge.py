@@ -804,7 +804,7 @@ def test_what_is_not_all_the_parts_of_one_merge(family, tmp_path):
     other = weft.merge(ckpts, base, shard=(3, 3), scale=0.5)
     with pytest.raises(MismatchError, match="part 2 of 3 is missing"):
         weft.merging.join([parts[0], parts[2]])
-    with pytest.raises(MismatchError, match="part 1 of 3 is given twice\n.*part 3 of 3 is missing"):
+    with pytest.raises(MismatchError, match=r"part 1 of 3 is given twice\n.*part 3 of 3 is missing"):
         weft.merging.join([parts[0], parts[1], parts[0]])
     with pytest.raises(MismatchError, match="differ in recipe"):
         weft.merging.join([*parts[:2], other])
@@ -817,7 +817,7 @@ def test_what_is_not_all_the_parts_of_one_merge(family, tmp_path):
 
 
 def test_twenty_loras_become_one_pair_of_factors(family, tmp_path):
-    base, start, _, ckpts = family
+    base, _start, _, ckpts = family
     deltas = [lora(base, seed, TARGETS, rank=2) for seed in range(20)]
     weights = [1 / 20] * 20
     plain, merged = weft.merge(deltas, method="linear"), weft.merge(deltas, method="linear", rank=3, out=tmp_path / "merged.safetensors")
@@ -835,3 +835,28 @@ def test_twenty_loras_become_one_pair_of_factors(family, tmp_path):
     assert {entry.ops[0].op for entry in mixed.entries.values()} == {"dense"}
     with pytest.raises(UsageError, match="energy in"):
         weft.merge(deltas, energy=1.5)
+
+
+def test_one_pair_of_factors_knows_what_a_frozen_pair_takes_out(family):
+    base, _, _, _ = family
+    rng = np.random.default_rng(6)
+    fields = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in {"A": (2, 6), "B": (13, 2), "A0": (2, 6), "B0": (13, 2)}.items()}
+    build = Builder(base)
+    build.put("embed.weight", "lowrank", fields, scale=0.5)
+    delta = build.done(recipe={"verb": "tune"})
+    merged = weft.merge([delta, lora(base, 1, {"embed.weight": (13, 6)})], method="linear", rank=6)
+    zero = np.zeros((13, 6), np.float32)
+    want = 0.5 * delta.apply("embed.weight", zero) + 0.5 * product(lora(base, 1, {"embed.weight": (13, 6)}), "embed.weight")
+    np.testing.assert_allclose(merged.apply("embed.weight", zero), want, atol=1e-5)
+    assert len(merged.entries["embed.weight"].ops) == 1
+
+
+def test_bits_that_differ_from_the_base_s_mean_nothing_after_another_delta(family):
+    base, start, tuned, _ = family
+    first = lora(base, 1, TARGETS)
+    build = Builder(base)
+    bits = start["embed.weight"].view(np.uint32) ^ tuned[0]["embed.weight"].view(np.uint32)
+    build.put("embed.weight", "xor", {"bits": bits}, dtype="F32")
+    second = build.done(over=(first.id,))
+    with pytest.raises(MismatchError, match="'xor' must be the first op"):
+        values_of(weft.merge([first, second], base, "ties"))

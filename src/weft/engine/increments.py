@@ -229,7 +229,9 @@ class _Update:
             raise UsageError(f"{self.label}: tensor {name!r}: its change depends on the base's values; give the base", hint="base=PATH (--base PATH)")
         else:
             before = after = xp.cast(stored_rows(self.base.tensors[name], block) if old is None else old, block.target.wide)
-        for (delta, ops), fields in zip(self._chain(name), self._read_once(name), strict=True):
+        steps = self._chain(name)
+        chain.require_first([op for _, ops in steps for op in ops])
+        for (delta, ops), fields in zip(steps, self._read_once(name), strict=True):
             before, after = after, _apply(after, delta, ops, fields, block)
         return _difference(after, before, block, self.label)
 
@@ -575,10 +577,6 @@ class Increments:
         """All blocks of all tensors, in order."""
         for target in self.targets.values():
             yield from target.blocks(self.block_size)
-
-    def stream(self, number: int) -> Iterator[Array]:
-        """One update's increments on everything that it changes, block by block, computed ahead in threads."""
-        return in_threads((partial(self.read, number, block) for block in self.blocks() if self.touches(number, block.target.name)), self.threads)
 
     def each(self, number: int, target: Target | None = None) -> Over:
         """One update's increments on all that it changes, or on one tensor (then in this thread), for `engine.select`."""

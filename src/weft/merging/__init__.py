@@ -9,33 +9,28 @@ Inputs are deltas and checkpoints in any mix; nothing is ever loaded whole. Meth
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from math import isfinite
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from .._fused import Combination
-from .._fused import Merged as Written
 from ..base import Base
 from ..config import as_dict, make
 from ..delta import BLOB, BaseTensor, Delta, Entry, added_ops, apart, loaded, merge_patches, renumbered, scaled_ops
 from ..engine.finite import require_finite
-from ..engine.increments import Block, Increments, Target, Update, lineage, open_update
-from ..engine.lowrank import recompress
+from ..engine.increments import Increments, Target, Update, lineage, open_update
+from ..engine.lowrank import pairs_of, recompress
 from ..engine.stream import BLOCK, in_threads, one_blas_thread, reuse_memory, thread_count
 from ..errors import UsageError
 from ..file import require_name
 from ..methods import get
-from ..ops import get as get_op
-from ..ops.chain import gathered
 from ..ops.spec import OpEntry, Ref
-from ..stored import BLOCK as BYTES
-from ..stored import Relative, Tensor, hold
+from ..stored import Tensor, hold
 from ._method import DataMethod, MergeMethod
 from ._parts import Shard, joined, part, require_shard
+from ._result import Kernel, MergedTensor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -192,7 +187,7 @@ def _merged(models: Increments, rule: MergeMethod[Any], weights: list[float], cf
     for target in rule.targets(dense, state):
         key = f"{target.name}//0.values"
         entries[target.name] = Entry((OpEntry("dense", {} if scale == 1 else {"scale": scale}, {"values": Ref(key)}),), _of_base(target, named), target.change)
-        tensors[key] = Merged(kernel, target)
+        tensors[key] = MergedTensor(kernel, target)
     tensors |= {BLOB + name: hold(bytearray(data)) for name, data in rule.blobs(state).items()}
     parents = tuple(each.id for each in models.updates if isinstance(each, Delta))
     config = merge_patches(models.config, rule.config(state))
@@ -239,9 +234,7 @@ def _recompressed(merged: Delta, rank: int | None, energy: float | None, threads
 
 
 def _one_pair(merged: Delta, ops: Sequence[OpEntry], rank: int | None, energy: float | None) -> tuple[Array, Array]:
-    scale = get_op("lowrank").defaults["scale"]
-    pairs = [(gathered(op.t["B"], merged.get), gathered(op.t["A"], merged.get), float(op.cfg.get("scale", scale))) for op in ops]
-    found = recompress(pairs, rank, energy)
+    found = recompress(pairs_of(ops, merged.get), rank, energy)
     return found.b.astype("float32"), found.a.astype("float32")
 
 
@@ -259,84 +252,3 @@ def join(parts: Sequence[Delta | str | os.PathLike[str]], out: str | os.PathLike
         return whole
     whole.save(Path(out))
     return Delta.load(Path(out))
-
-
-class Kernel:
-    """A method at work on its increments: what every merged tensor needs to compute itself. `state`: what `prepare` found."""
-
-    def __init__(self, models: Increments, rule: MergeMethod[Any], weights: Sequence[float], cfg: Any, state: Any) -> None:
-        self.models, self._rule, self._weights, self._cfg, self._state = models, rule, weights, cfg, state
-        self._lock = Lock()
-        self._last: tuple[Target, Array] | None = None
-
-    def _compute(self, block: Block, old: Array | None = None) -> Array:
-        """The merged increment of one block, rounded to the dtype of increments. `old`: the base's stored values there, if at hand."""
-        rule = self.combination(block.target)
-        if rule is not None:
-            return self.models.combined(rule, block, old)
-        taus = self.models.read_all(block, old) if self._rule.reads else []
-        merged = self._rule.merge(taus, self._weights, self._cfg, self._state, block)
-        return merged.astype(block.target.wide, copy=False)
-
-    def combination(self, target: Target) -> Combination | None:
-        """How the increments of a tensor become one, if the method can say it so."""
-        return self._rule.combination(self._weights, self._cfg, self._state, target)
-
-    def rows(self, block: Block, old: Array | None = None) -> Array:
-        """The merged increment on any rows."""
-        return self._whole(block.target)[block.lo : block.hi] if self._rule.whole and block.target.shape else self._compute(block, old)
-
-    def parts(self, target: Target) -> Iterator[Array]:
-        """The merged increment in order, computed ahead in threads."""
-        blocks = [target.whole] if self._rule.whole and target.size else target.blocks(self.models.block_size)
-        return in_threads((partial(self._compute, block) for block in blocks), self.models.threads)
-
-    def _whole(self, target: Target) -> Array:
-        with self._lock:  # kept until rows of another tensor are asked for
-            if self._last is None or self._last[0] is not target:
-                self._last = (target, self._compute(target.whole))
-            return self._last[1]
-
-
-@dataclass(frozen=True, eq=False)
-class Merged(Relative):
-    """The merged increment of one tensor, computed whenever it is read."""
-
-    kernel: Kernel
-    target: Target
-
-    @property
-    def dtype(self) -> str:  # type: ignore[override]
-        return "F64" if self.target.wide == "float64" else "F32"
-
-    @property
-    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        return self.target.shape
-
-    def blocks(self, size: int = BYTES) -> Iterator[bytes | memoryview]:
-        import numpy as np
-
-        for piece in self.kernel.parts(self.target):
-            flat = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
-            for start in range(0, flat.size, size):
-                yield flat[start : start + size].data
-
-    def rows(self, lo: int, hi: int) -> Array:
-        return self.kernel.rows(Block(self.target, lo, hi))
-
-    def write(self, lo: int, hi: int, out: tuple[int, int]) -> Written | None:
-        rule = self.kernel.combination(self.target)
-        return None if rule is None or self.target.added else self.kernel.models.merged(rule, self.target, lo, hi, out)
-
-    def beside(self, lo: int, hi: int, old: Array) -> Array:
-        return self.kernel.rows(Block(self.target, lo, hi), None if self.target.added else old)
-
-    def read(self) -> Array:
-        import numpy as np
-
-        out = np.empty(self.target.size, self.target.wide)
-        done = 0
-        for piece in self.kernel.parts(self.target):
-            out[done : done + piece.size] = piece.reshape(-1)
-            done += piece.size
-        return out.reshape(self.target.shape)
