@@ -27,8 +27,7 @@ from .engine.stream import BLOCK, flat, in_threads, one_blas_thread, reuse_memor
 from .errors import MismatchError, UsageError, near
 from .ops.op import flat_shape
 from .ops.spec import Json
-from .stored import BLOCK as BYTES
-from .stored import FLOATS, ITEMSIZE, Computed, Tensor, numpy_dtype
+from .stored import FLOATS, ITEMSIZE, Computed, Made, Tensor, numpy_dtype
 
 if TYPE_CHECKING:
     import numpy as np
@@ -263,7 +262,7 @@ def _picked(entries: Callable[[], Iterator[tuple[Array, Array]]], old: Tensor, c
 
 
 @dataclass(frozen=True, eq=False)
-class _Dense(Tensor):
+class _Dense(Made):
     """An increment, computed whenever it is read."""
 
     dtype: str
@@ -271,13 +270,8 @@ class _Dense(Tensor):
     increments: _Increments
     threads: int
 
-    def blocks(self, size: int = BYTES) -> Iterator[bytes | memoryview]:
-        import numpy as np
-
-        for part in self.increments.ahead(self.threads):
-            raw = part.view(np.uint8)
-            for start in range(0, raw.size, size):
-                yield raw[start : start + size].data
+    def parts(self) -> Iterator[Array]:
+        return self.increments.ahead(self.threads)
 
     def rows(self, lo: int, hi: int) -> Array:
         step = prod(self.shape[1:])

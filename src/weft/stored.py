@@ -281,7 +281,23 @@ class Computed(Tensor):
         return self.read()[lo:hi]
 
 
-class Relative(Tensor):
+class Made(Tensor):
+    """A tensor that is computed whenever it is read, part by part."""
+
+    def parts(self) -> Iterator[np.ndarray[Any, Any]]:
+        """All its entries, in order, as arrays of its dtype and of any shapes."""
+        raise NotImplementedError
+
+    def blocks(self, size: int = BLOCK) -> Iterator[bytes | memoryview]:
+        import numpy as np
+
+        for part in self.parts():
+            raw = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+            for start in range(0, raw.size, size):
+                yield raw[start : start + size].data
+
+
+class Relative(Made):
     """A tensor of increments that are made of the base's values: whoever has read those may hand them over."""
 
     def write(self, lo: int, hi: int, out: tuple[int, int]) -> Any:

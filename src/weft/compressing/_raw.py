@@ -14,8 +14,7 @@ from ..engine.stream import in_threads
 from ..ops import chain
 from ..ops import get as op_named
 from ..ops.spec import OpEntry, Ref
-from ..stored import BLOCK as BYTES
-from ..stored import FLOATS, Tensor
+from ..stored import FLOATS, Made
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,7 +48,7 @@ def as_increments(delta: Delta, base: Base, on: Sequence[Delta], threads: int) -
 
 
 @dataclass(frozen=True, eq=False)
-class Increment(Tensor):
+class Increment(Made):
     """What the one update of `models` adds to a tensor."""
 
     models: Increments
@@ -63,14 +62,8 @@ class Increment(Tensor):
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         return self.target.shape
 
-    def blocks(self, size: int = BYTES) -> Iterator[bytes | memoryview]:
-        import numpy as np
-
-        blocks = self.target.blocks(self.models.block_size)
-        for part in in_threads((partial(self.models.read, 0, block) for block in blocks), self.models.threads):
-            raw = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
-            for start in range(0, raw.size, size):
-                yield raw[start : start + size].data
+    def parts(self) -> Iterator[Array]:
+        return in_threads((partial(self.models.read, 0, block) for block in self.target.blocks(self.models.block_size)), self.models.threads)
 
     def rows(self, lo: int, hi: int) -> Array:
         return self.models.read(0, Block(self.target, lo, hi))

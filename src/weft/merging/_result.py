@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .._fused import Combination, Merged
 from ..engine.increments import Block, Increments, Target
 from ..engine.stream import in_threads
-from ..stored import BLOCK, Relative
+from ..stored import Relative
 from ._method import MergeMethod
 
 if TYPE_CHECKING:
@@ -72,13 +72,8 @@ class MergedTensor(Relative):
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         return self.target.shape
 
-    def blocks(self, size: int = BLOCK) -> Iterator[bytes | memoryview]:
-        import numpy as np
-
-        for piece in self.kernel.parts(self.target):
-            flat = np.ascontiguousarray(piece).reshape(-1).view(np.uint8)
-            for start in range(0, flat.size, size):
-                yield flat[start : start + size].data
+    def parts(self) -> Iterator[Array]:
+        return self.kernel.parts(self.target)
 
     def rows(self, lo: int, hi: int) -> Array:
         return self.kernel.rows(Block(self.target, lo, hi))
@@ -95,7 +90,7 @@ class MergedTensor(Relative):
 
         out = np.empty(self.target.size, self.target.wide)
         done = 0
-        for piece in self.kernel.parts(self.target):
+        for piece in self.parts():
             out[done : done + piece.size] = piece.reshape(-1)
             done += piece.size
         return out.reshape(self.target.shape)

@@ -22,7 +22,7 @@ from ..engine.replacing import replacing
 from ..engine.stream import in_threads, row_blocks
 from ..errors import MismatchError, UsageError, near
 from ..ops.spec import OpEntry, Ref
-from ..stored import FLOATS, Tensor, hold
+from ..stored import FLOATS, Made, Tensor, hold
 from ._vocabulary import Vocabulary, by_token
 
 if TYPE_CHECKING:
@@ -283,7 +283,7 @@ def movable(entry: Entry, place: Place) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class Carried(Tensor):
+class Carried(Made):
     """The increment on one tensor of the source, in the target's order, computed whenever it is read."""
 
     models: Increments
@@ -315,15 +315,10 @@ class Carried(Tensor):
             out[run] = self.models.read(0, Block(self.source, int(positions[run[0]]), int(positions[run[-1]]) + 1))
         return out
 
-    def blocks(self, size: int = 1 << 20) -> Iterator[bytes | memoryview]:
-        import numpy as np
+    def parts(self) -> Iterator[Array]:
+        return in_threads(self._jobs(), self.models.threads)
 
-        for part in in_threads(self._parts(), self.models.threads):
-            flat = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
-            for start in range(0, flat.size, size):
-                yield flat[start : start + size].data
-
-    def _parts(self) -> Iterator[Callable[[], Array]]:
+    def _jobs(self) -> Iterator[Callable[[], Array]]:
         if not self.source.shape:
             yield self.read
         else:
