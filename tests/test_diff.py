@@ -270,7 +270,7 @@ def test_changes_that_are_no_increments_are_refused(tmp_path: Path) -> None:
     new[1, 1] = np.inf
     base, other = save(tmp_path / "old", {"w": old}), save(tmp_path / "new", {"w": new})
     for mode in ("dense", "lowrank", "sparse"):
-        with pytest.raises(MismatchError, match=r"w: the change of entry 4 .* from 1.0 to inf"):
+        with pytest.raises(MismatchError, match=r"new: tensor 'w': the change of entry 4 .* from 1.0 to inf"):
             diff(base, other, mode, rank=1 if mode == "lowrank" else None)
     fold(base, [diff(base, other)], tmp_path / "out")
     same(read_all(tmp_path / "out"), {"w": new})
