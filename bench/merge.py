@@ -48,6 +48,8 @@ inputs, base, method, weights, options, out, threads = json.loads(sys.argv[1])
 from weft.merging import merge
 merge(inputs, base, method, weights, into=out, threads=threads, **options)
 assert "torch" not in sys.modules
+with open("/proc/self/status") as status:  # not ru_maxrss: it starts at what the parent had in memory
+    print(next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")))
 """
 
 FLOOR = """
@@ -76,16 +78,19 @@ os.fsync(fd)
 
 
 def run(command: list[str], env: dict[str, str] | None = None) -> dict[str, float]:
-    """One process: wall and CPU seconds, peak memory in MB (its own largest resident set)."""
+    """One process: wall and CPU seconds, peak memory in MB. A process that knows its own peak prints it, in kB."""
     begin = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=env)
-    assert process.stderr is not None
-    said = process.stderr.read()
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=env)
+        assert process.stdout is not None
+        printed = process.stdout.read().split()
+        errors.seek(0)
+        said = errors.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)[:200]}\nfailed:\n{said.decode()[-2000:]}")
-    return {"wall_s": time.perf_counter() - begin, "cpu_s": usage.ru_utime + usage.ru_stime, "peak_mb": usage.ru_maxrss * 1024 / 1e6}
+    return {"wall_s": time.perf_counter() - begin, "cpu_s": usage.ru_utime + usage.ru_stime, "peak_mb": 1024 * (int(printed[-1]) if printed and printed[-1].isdigit() else usage.ru_maxrss) / 1e6}
 
 
 def peer(folder: Path) -> Path:
@@ -196,6 +201,8 @@ paths, out, threads = json.loads(sys.argv[1])
 from weft.merging import merge
 merge(paths, method="linear", rank=16, out=out, threads=threads)
 assert "torch" not in sys.modules
+with open("/proc/self/status") as status:
+    print(next(int(line.split()[1]) for line in status if line.startswith("VmHWM:")))
 """
 
 

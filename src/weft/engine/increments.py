@@ -623,16 +623,6 @@ def _pieces(target: Target, entries: int) -> Iterator[tuple[int, int]]:
         yield from row_blocks(target.shape or (1,), entries)
 
 
-def weighted_sum(taus: Sequence[Array], coefficients: Sequence[float]) -> Array:
-    """0 + sum_i c_i tau_i in the dtype of the tau, in the order given: each product is rounded, then each sum."""
-    import numpy as np
-
-    total = np.zeros_like(taus[0])
-    for tau, c in zip(taus, coefficients, strict=True):
-        total += tau * tau.dtype.type(c)
-    return total
-
-
 def _label(update: Update, number: int) -> str:
     where = update.path if isinstance(update, Delta) else update.source
     return str(where) if where is not None else f"input {number}"

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from .._fused import Combination
-from ..engine.increments import weighted_sum as weighted_sum
 
 if TYPE_CHECKING:
     import msgspec

@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
+from .._fused import Combination, combined
 from ..methods import method
-from ._method import DataMethod, weighted_sum
+from ._method import DataMethod
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,7 +94,7 @@ class Regmean(DataMethod[RegmeanConfig]):
 
         name = block.target.name
         shares = [w / fsum(weights) for w in weights]
-        mean = weighted_sum(taus, shares)
+        mean = combined(taus, Combination(shares), 0)
         if name not in state.transposed:
             return mean
         from ..engine.solve import Prior, double
