@@ -90,7 +90,8 @@ def run(command: list[str], env: dict[str, str] | None = None) -> dict[str, floa
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)[:200]}\nfailed:\n{said.decode()[-2000:]}")
-    return {"wall_s": time.perf_counter() - begin, "cpu_s": usage.ru_utime + usage.ru_stime, "peak_mb": 1024 * (int(printed[-1]) if printed and printed[-1].isdigit() else usage.ru_maxrss) / 1e6}
+    peak = int(printed[-1]) if printed and printed[-1].isdigit() else usage.ru_maxrss
+    return {"wall_s": time.perf_counter() - begin, "cpu_s": usage.ru_utime + usage.ru_stime, "peak_mb": 1024 * peak / 1e6}
 
 
 def peer(folder: Path) -> Path:
@@ -196,7 +197,7 @@ def tiny(folder: Path, args: argparse.Namespace) -> None:
 
 
 LORAS = """
-import json, sys, time
+import json, sys
 paths, out, threads = json.loads(sys.argv[1])
 from weft.merging import merge
 merge(paths, method="linear", rank=16, out=out, threads=threads)

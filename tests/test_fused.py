@@ -11,6 +11,7 @@ import pytest
 from weft import _fused, stored
 from weft._fused import Combination
 from weft.engine import select
+from weft.errors import InputError
 from weft.file import container_header
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -161,7 +162,7 @@ def test_what_files_cannot_give(tmp_path):
     odd[4000] = np.nan
     model_with_nan = on_disk(tmp_path / "odd", odd)
     assert _fused.merged_files(base, [model_with_nan], rule, 0, 5000, None) is None and _fused.near_files(base, model_with_nan, [(0.0, 1.0)], 0, 5000) is None
-    with open(tmp_path / "out", "wb") as out, pytest.raises(OSError, match="ended early"):
+    with open(tmp_path / "out", "wb") as out, pytest.raises(InputError, match="shorter than its header says"):
         _fused.merged_files(base, [model], rule, 4000, 5000, (out.fileno(), 0))
     with open(tmp_path / "model", "rb") as shut, pytest.raises(OSError, match="Bad file descriptor"):
         _fused.merged_files(base, [model], rule, 0, 5000, (shut.fileno(), 0))

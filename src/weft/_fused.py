@@ -16,6 +16,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import xp
+from .errors import InputError
 from .stored import ITEMSIZE, Stored
 
 if TYPE_CHECKING:
@@ -193,7 +194,8 @@ def merged_files(base: Stored, models: Sequence[Stored], rule: Combination, star
     """Entries start..start+count of a tensor: read from the files of base and models, combined, added to the base's and written.
 
     out: an open file and the position of the first of these entries in it; None: nothing is written, for the balance alone. None if that cannot be
-    done here (other dtypes, no compiler), or if an increment is infinite or NaN; then nothing useful was written. OSError as reading and writing have it.
+    done here (other dtypes, no compiler), or if an increment is infinite or NaN; then nothing useful was written. InputError
+    where a file cannot be read, OSError where it cannot be written.
     """
     import numpy as np
 
@@ -207,7 +209,7 @@ def merged_files(base: Stored, models: Sequence[Stored], rule: Combination, star
     with _opened(files) as opened:
         where = (*_pointers(opened, places), start, count, *(out or (-1, 0)), *_pointers(found, sums))
         failed = loops.weft_merged(len(models), *_pointers(numbers, keys), *rest, base.dtype == "BF16", *where)
-    _require_done(failed, int(found[0]))
+    _require_done(failed, int(found[0]), files)
     return None if failed else Merged(int(found[0]), float(sums[0]), float(sums[1]), int(found[1]))
 
 
@@ -234,7 +236,7 @@ def near_files(base: Stored, model: Stored, brackets: Sequence[tuple[float, floa
     with _opened((base, model)) as opened:
         where = (*_pointers(opened, places), count, len(brackets), *_pointers(limits, inner), room, *_pointers(counts))
         failed = loops.weft_near(base.dtype == "BF16", *where)
-    _require_done(failed, int(counts[0, 0]))
+    _require_done(failed, int(counts[0, 0]), (base, model))
     if failed:
         return None
     return [Near(int(c[0]), int(c[1]), int(c[2]), None if c[4] else some[: c[3]].copy()) for c, some in zip(counts, inner, strict=True)]
@@ -258,9 +260,13 @@ def _opened(files: Sequence[Stored]) -> Iterator[Array]:
             each.require_same(fd)
 
 
-def _require_done(failed: int, error: int) -> None:
-    if failed < -1:
-        raise OSError(error, os.strerror(error) if error else "a file ended early")
+def _require_done(failed: int, error: int, files: Sequence[Stored] = ()) -> None:
+    """InputError where a file could not be read, OSError where one could not be written."""
+    if failed == -2:
+        why = os.strerror(error) if error else "one is shorter than its header says"
+        raise InputError(f"cannot read {', '.join(dict.fromkeys(str(each.path) for each in files))}: {why}", hint="copy the files again")
+    if failed == -3:
+        raise OSError(error, os.strerror(error))
     if failed < 0:
         raise MemoryError
 
