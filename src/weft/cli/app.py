@@ -176,7 +176,9 @@ def workers(function: F) -> F:
 
 
 def _cores() -> int:
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    from ..engine.stream import thread_count
+
+    return thread_count(None)
 
 
 def device(function: F) -> F:

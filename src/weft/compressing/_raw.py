@@ -56,7 +56,7 @@ class Increment(Made):
 
     @property
     def dtype(self) -> str:  # type: ignore[override]
-        return "F64" if self.target.wide == "float64" else "F32"
+        return self.target.stored_as
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]

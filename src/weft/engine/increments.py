@@ -90,6 +90,11 @@ class Target:
         return "float64" if self.dtype == "F64" else "float32"
 
     @property
+    def stored_as(self) -> str:
+        """The dtype code of increments: "F64" or "F32"."""
+        return "F64" if self.wide == "float64" else "F32"
+
+    @property
     def whole(self) -> Block:
         """The block of all rows."""
         return Block(self, 0, self.rows)
@@ -548,13 +553,13 @@ class Increments:
 
     def balance(self, rule: Callable[[Target], Combination]) -> int:
         """At how many entries of all tensors plus wins the election of a combination, less those at which minus does."""
-        targets = list(self.targets.values())
-        parts = [targets[k : k + _TOGETHER] for k in range(0, len(targets), _TOGETHER)] if len(targets) > 64 * self.threads else [[each] for each in targets]
-        return sum(in_threads((partial(self._balances, rule, part) for part in parts), self.threads))
+        pieces = [(target, lo, hi) for target in self.targets.values() for lo, hi in _pieces(target, 8 * self.block_size)]
+        step = _TOGETHER if len(pieces) > _TOGETHER * self.threads else 1
+        return sum(in_threads((partial(self._balances, rule, pieces[k : k + step]) for k in range(0, len(pieces), step)), self.threads))
 
-    def _balances(self, rule: Callable[[Target], Combination], targets: Sequence[Target]) -> int:
+    def _balances(self, rule: Callable[[Target], Combination], pieces: Sequence[tuple[Target, int, int]]) -> int:
         with kept_open():
-            return sum(self._balance(rule(each), each, lo, hi) for each in targets for lo, hi in _pieces(each, 8 * self.block_size))
+            return sum(self._balance(rule(target), target, lo, hi) for target, lo, hi in pieces)
 
     def _balance(self, rule: Combination, target: Target, lo: int, hi: int) -> int:
         found = self.merged(rule, target, lo, hi) if target.wide == "float32" and not target.added else None

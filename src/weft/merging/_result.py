@@ -66,7 +66,7 @@ class MergedTensor(Relative):
 
     @property
     def dtype(self) -> str:  # type: ignore[override]
-        return "F64" if self.target.wide == "float64" else "F32"
+        return self.target.stored_as
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import xp
+from .._fused import Combination, combined
 from ..engine.capture import capture
 from ..errors import WeftError
 from ..sites import Site, sites
 from ._data import Batch, Study
 from ._learned import placed
-from .dare import masked
+from .dare import dropped
 from .darex_q import DarexQConfig, analytic_q, share_left
 
 if TYPE_CHECKING:
@@ -58,8 +59,9 @@ class Thinned:
     def increment(self, target: Target, *, left: bool = False) -> torch.Tensor:
         """A tensor's increment, float32; `left`: what is left of it, not rescaled."""
         tau = self.study.models.read(self.number, target.whole)
-        kept = masked([tau], [self._keys[target.name]], self.cfg.drop, target.whole)[0] if left else tau
-        tensor: torch.Tensor = xp.to_torch(kept).to(self.study.device, torch.float32)
+        if left:
+            tau = combined([tau], Combination([1.0], keys=[self._keys[target.name]], dropped=dropped(self.cfg.drop)), 0)
+        tensor: torch.Tensor = xp.to_torch(tau).to(self.study.device, torch.float32)
         return tensor
 
     @torch.no_grad()

@@ -38,7 +38,7 @@ from .ties import TiesConfig, election, majority_is_plus
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..engine.increments import Block, Increments, Target
+    from ..engine.increments import Increments, Target
 
     Array = np.ndarray[Any, Any]
 
@@ -96,14 +96,6 @@ def mask_keys(models: Increments, seed: int) -> dict[str, list[int]]:
     """The sequence of random numbers of each tensor and model."""
     first = models.twins()
     return {name: [xp.key(xp.named_key(seed, first.get(name, name)), number) for number in range(len(models.updates))] for name in models.targets}
-
-
-def masked(taus: Sequence[Array], keys: Sequence[int], drop: float, block: Block) -> list[Array]:
-    """m_i tau_i, for increments on a block and their sequences of random numbers."""
-    import numpy as np
-
-    count = dropped(drop)
-    return [np.asarray(tau * (xp.sixteen_bits(key, block.start, tau.size) >= count).reshape(tau.shape)) for tau, key in zip(taus, keys, strict=True)]
 
 
 def dropped(drop: float) -> int:

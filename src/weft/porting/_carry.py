@@ -292,7 +292,7 @@ class Carried(Made):
 
     @property
     def dtype(self) -> str:  # type: ignore[override]
-        return "F64" if self.source.wide == "float64" else "F32"
+        return self.source.stored_as
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
