@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from weft import _fused, stored
-from weft._fused import Combination
+from weft._fused import Combination, Piece
 from weft.engine import select
 from weft.errors import InputError
 from weft.file import container_header
@@ -118,21 +118,31 @@ def on_disk(path, values):
 @pytest.mark.parametrize("dtype", [BF16, np.dtype(np.float32)], ids=str)
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_files_into_a_file(tmp_path, dtype, rule):
-    """More than two of the pieces that are read at a time, from the middle of a tensor on."""
+    """From the middle of a tensor on, more than is written at a time, and some small pieces more in the same call."""
     rng = np.random.default_rng(2)
-    arrays = [numbers(rng, 80_001, dtype) for _ in range(N + 1)]
-    files = [on_disk(tmp_path / f"{k}.safetensors", array) for k, array in enumerate(arrays)]
-    start, count = 1_003, 78_000
-    old, *models = (array[start : start + count] for array in arrays)
-    want = _fused.settled(old, _fused.combined_stored(old, models, rule, start))
+    arrays = [numbers(rng, 300_001, dtype) for _ in range(N + 1)]
+    base, *models = (on_disk(tmp_path / f"{k}.safetensors", array) for k, array in enumerate(arrays))
+    spans = [(1_003, 290_001), (5, 1), (291_100, 33), (0, 1_000)]
+    starts = [11, *np.cumsum([11 + 290_001 * dtype.itemsize, 1 * dtype.itemsize, 33 * dtype.itemsize])]
+    pieces = [Piece(base, models, rule, *span, int(at)) for span, at in zip(spans, starts, strict=True)]
+    wanted, balances = [], []
+    for start, count in spans:
+        old, *new = (array[start : start + count] for array in arrays)
+        wanted.append(_fused.settled(old, _fused.combined_stored(old, new, rule, start)))
+        if rule.votes is not None:
+            balances.append(_fused.balance([each.astype(np.float32) - old.astype(np.float32) for each in new], rule, start))
     with open(tmp_path / "out", "w+b") as out:
-        found = _fused.merged_files(files[0], files[1:], rule, start, count, (out.fileno(), 11))
-        assert out.read() == bytes(11) + want.new.tobytes()
-    assert found.changed == want.changed > 1000
-    np.testing.assert_allclose([found.moved, found.norm], [want.moved, want.norm], rtol=1e-6)
+        found = _fused.merged_files(pieces, out.fileno())
+        assert out.read() == bytes(11) + b"".join(want.new.tobytes() for want in wanted)
+    assert [each.changed for each in found] == [want.changed for want in wanted]
+    assert found[0].changed > 1000
+    for each, want in zip(found, wanted, strict=True):
+        np.testing.assert_allclose([each.moved, each.norm], [want.moved, want.norm], rtol=1e-6)
     if rule.votes is not None:
-        taus = [model.astype(np.float32) - old.astype(np.float32) for model in models]
-        assert found.balance == _fused.balance(taus, rule, start) == _fused.merged_files(files[0], files[1:], rule, start, count, None).balance
+        assert [each.balance for each in found] == [each.balance for each in _fused.merged_files(pieces, None)] == balances
+        assert abs(balances[0]) > 10
+    together = [_fused.combined_stored(*(lambda old, *new: (old, new))(*(array[s : s + n] for array in arrays)), rule, s) for s, n in spans]
+    assert np.array_equal(_fused.combined_files(pieces), np.concatenate(together))
 
 
 @needs_compiler
@@ -144,11 +154,12 @@ def test_near_from_files(tmp_path, dtype):
     tau = (new.astype(np.float32) - old.astype(np.float32))[77:70_077]
     some = np.sort(abs(tau))
     brackets = [(some[60_000], some[63_000]), (some[0], some[9]), (0.0, np.float32("inf")), (some[50_000], some[50_000])]
-    for got, want in zip(_fused.near_files(base, model, brackets, 77, 70_000), select.near(brackets, tau), strict=True):
+    one, two = (Piece(base, [model], Combination([1.0]), *span) for span in ((77, 50_001), (50_078, 19_999)))
+    for got, want in zip(_fused.near_files([one, two], brackets), select.near(brackets, tau), strict=True):
         assert got[:3] == want[:3] and (got.inner is None) == (want.inner is None)
         if want.inner is not None:
             assert np.array_equal(got.inner, want.inner)
-    assert _fused.near_files(base, model, brackets, 77, 70_000)[2].inner is None
+    assert _fused.near_files([one, two], brackets)[2].inner is None
 
 
 @needs_compiler
@@ -156,16 +167,23 @@ def test_what_files_cannot_give(tmp_path):
     rng = np.random.default_rng(3)
     base, model = (on_disk(tmp_path / name, numbers(rng, 5000, np.float32)) for name in ("base", "model"))
     half = on_disk(tmp_path / "half", numbers(rng, 5000, np.float16))
-    rule = Combination([1.0])
-    assert _fused.merged_files(base, [half], rule, 0, 5000, None) is None and _fused.merged_files(half, [half], rule, 0, 5000, None) is None
+
+    def piece(base, model, first=0):
+        return Piece(base, [model], Combination([1.0]), first, 5000)
+
     odd = numbers(rng, 5000, np.float32)
     odd[4000] = np.nan
-    model_with_nan = on_disk(tmp_path / "odd", odd)
-    assert _fused.merged_files(base, [model_with_nan], rule, 0, 5000, None) is None and _fused.near_files(base, model_with_nan, [(0.0, 1.0)], 0, 5000) is None
+    with_nan = on_disk(tmp_path / "odd", odd)
+    good = _fused.merged_files([piece(base, model)], None)
+    assert good[0] is not None
+    assert _fused.merged_files([piece(base, half), piece(base, model), piece(half, half)], None) == [None, *good, None]
+    assert _fused.merged_files([piece(base, with_nan)], None) == [None]
+    assert _fused.near_files([piece(base, with_nan)], [(0.0, 1.0)]) is None and _fused.combined_files([piece(base, with_nan)]) is None
+    assert _fused.combined_files([piece(base, model), piece(half, half)]) is None
     with open(tmp_path / "out", "wb") as out, pytest.raises(InputError, match="shorter than its header says"):
-        _fused.merged_files(base, [model], rule, 4000, 5000, (out.fileno(), 0))
+        _fused.merged_files([piece(base, model), piece(base, model, 4000)], out.fileno())
     with open(tmp_path / "model", "rb") as shut, pytest.raises(OSError, match="Bad file descriptor"):
-        _fused.merged_files(base, [model], rule, 0, 5000, (shut.fileno(), 0))
+        _fused.merged_files([piece(base, model)], shut.fileno())
 
 
 @needs_compiler

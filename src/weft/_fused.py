@@ -38,9 +38,9 @@ def _compiled() -> Any:
         library = ctypes.CDLL(str(import_module("weft._fused_loops").__file__))
         number, pointer, size, word = ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint64
         rule: list[Any] = [number, pointer, pointer, ctypes.c_uint32, number, number, number]
-        library.weft_combined.argtypes = [*rule, pointer, pointer, word, size, pointer]
-        library.weft_merged.argtypes = [*rule, pointer, pointer, word, size, number, ctypes.c_int64, pointer, pointer]
-        library.weft_near.argtypes = [number, pointer, pointer, size, number, pointer, pointer, size, pointer]
+        library.weft_combined.argtypes = [*rule, pointer, word, size, pointer]
+        library.weft_merged.argtypes = [number, *rule, *[pointer] * 4, number, *[pointer] * 4]
+        library.weft_near.argtypes = [number, number, *[pointer] * 3, number, pointer, pointer, size, pointer]
         library.weft_settled.restype = ctypes.c_int64
         library.weft_settled.argtypes = [number, *[pointer] * 3, size, pointer]
         return library
@@ -81,14 +81,16 @@ class Combination(NamedTuple):
         chosen: dict[str, Any] = {name: [value[k] for k in numbers] for name, value in self._asdict().items() if isinstance(value, Sequence)}
         return self._replace(**chosen)
 
-    def _numbers(self) -> tuple[Any, ...]:
-        """As the compiled functions take it. The arrays must live as long as they are used."""
-        import numpy as np
+    @property
+    def _kind(self) -> tuple[Any, ...]:
+        """What combinations that the compiled functions apply together have in common."""
+        elect = _NONE if self.votes is None else _COUNT if self.by_count else _MASS
+        return len(self.factors), self.keys is None, self.dropped, elect, self.zero_is_plus
 
+    def _numbers(self) -> list[float]:
+        """The rest, in their order."""
         n = len(self.factors)
-        rows = (self.least or [0.0] * n, self.most or [_INFINITY] * n, self.votes or [0.0] * n, self.factors, self.shares or [1.0] * n)
-        keys = None if self.keys is None else np.array([key % (1 << 64) for key in self.keys], np.uint64)
-        return np.array(rows, np.float32), keys, self.dropped, _NONE if self.votes is None else _COUNT if self.by_count else _MASS, self.zero_is_plus
+        return [*(self.least or [0.0] * n), *(self.most or [_INFINITY] * n), *(self.votes or [0.0] * n), *self.factors, *(self.shares or [1.0] * n)]
 
 
 def combined(taus: Sequence[Array], rule: Combination, start: int) -> Array:
@@ -169,16 +171,41 @@ def combined_stored(old: Array, models: Sequence[Array], rule: Combination, star
             taus = [np.asarray(xp.cast(model, "float32") - base) for model in models]
         return combined(taus, rule, start) if all(np.isfinite(tau).all() for tau in taus) else None
     out = np.empty(old.shape, np.float32)
-    places = (ctypes.c_void_p * len(models))(*[model.ctypes.data for model in models])
-    numbers, keys, *rest = rule._numbers()
-    bf16 = xp.dtype(old) == "bfloat16"
-    failed = loops.weft_combined(len(models), *_pointers(numbers, keys), *rest, bf16, *_pointers(old), places, start, out.size, *_pointers(out))
+    places = (ctypes.c_void_p * (len(models) + 1))(*[each.ctypes.data for each in (*models, old)])
+    with _as_compiled([rule]) as rules:
+        failed = loops.weft_combined(*rules, xp.dtype(old) == "bfloat16", places, start, out.size, out.ctypes.data)
     _require_done(failed, 0)
     return None if failed else out
 
 
-def _pointers(*arrays: Array | None) -> list[Any]:
-    return [None if array is None else array.ctypes.data for array in arrays]
+@contextmanager
+def _as_compiled(rules: Sequence[Combination]) -> Iterator[tuple[Any, ...]]:
+    """The first arguments of the compiled functions, for combinations of one kind."""
+    import numpy as np
+
+    n, unmasked, dropped, elect, zero_is_plus = rules[0]._kind
+    numbers = np.array([rule._numbers() for rule in rules], np.float32)
+    keys = None if unmasked else np.array([[key % (1 << 64) for key in rule.keys or ()] for rule in rules], np.uint64)
+    yield n, numbers.ctypes.data, None if keys is None else keys.ctypes.data, dropped, elect, zero_is_plus
+
+
+class Piece(NamedTuple):
+    """`entries` entries of one tensor, from number `first` on: the increments of `models` over `base`, to be combined by `rule`.
+
+    `position`: of the first of them in the file that is written.
+    """
+
+    base: Stored
+    models: Sequence[Stored]
+    rule: Combination
+    first: int
+    entries: int
+    position: int = 0
+
+    @property
+    def files(self) -> tuple[Stored, ...]:
+        """Where to read, in the order of the compiled functions."""
+        return (*self.models, self.base)
 
 
 class Merged(NamedTuple):
@@ -190,27 +217,57 @@ class Merged(NamedTuple):
     balance: int
 
 
-def merged_files(base: Stored, models: Sequence[Stored], rule: Combination, start: int, count: int, out: tuple[int, int] | None) -> Merged | None:
-    """Entries start..start+count of a tensor: read from the files of base and models, combined, added to the base's and written.
+def merged_files(pieces: Sequence[Piece], out: int | None) -> list[Merged | None]:
+    """Pieces of tensors read from the files of base and models, combined, added to the base's and written to an open file.
 
-    out: an open file and the position of the first of these entries in it; None: nothing is written, for the balance alone. None if that cannot be
-    done here (other dtypes, no compiler), or if an increment is infinite or NaN; then nothing useful was written. InputError
-    where a file cannot be read, OSError where it cannot be written.
+    out: its descriptor; None: nothing is written, for the balance alone. None for a piece that cannot be done here (other dtypes, no compiler), or
+    where an increment is infinite or NaN; then nothing useful was written. InputError where a file cannot be read, OSError where it
+    cannot be written.
     """
     import numpy as np
 
-    loops = _compiled()
-    if loops is None or {each.dtype for each in (base, *models)} not in ({"BF16"}, {"F32"}):
+    merged: list[Merged | None] = [None] * len(pieces)
+    for numbers in _alike(pieces).values():
+        some = [pieces[number] for number in numbers]
+        found, sums = np.zeros((len(some), 2), np.int64), np.zeros((len(some), 2))
+        outs = np.array([piece.position for piece in some], np.int64)
+        where = (-1 if out is None else out, outs.ctypes.data, None, found.ctypes.data, sums.ctypes.data)
+        if _run_merged(some, where, found):
+            for number, (changed, balance), (moved, norm) in zip(numbers, found.tolist(), sums.tolist(), strict=True):
+                merged[number] = Merged(changed, moved, norm, balance)
+    return merged
+
+
+def combined_files(pieces: Sequence[Piece]) -> Array | None:
+    """The combined increments of pieces of tensors, one after the other, in float32; None where that cannot be done here, or if one is infinite or NaN."""
+    import numpy as np
+
+    if [len(group) for group in _alike(pieces).values()] != [len(pieces)]:
         return None
-    found, sums = np.zeros(2, np.int64), np.zeros(2)
-    numbers, keys, *rest = rule._numbers()
-    files = (base, *models)
-    places = _places(files, start)
-    with _opened(files) as opened:
-        where = (*_pointers(opened, places), start, count, *(out or (-1, 0)), *_pointers(found, sums))
-        failed = loops.weft_merged(len(models), *_pointers(numbers, keys), *rest, base.dtype == "BF16", *where)
-    _require_done(failed, int(found[0]), files)
-    return None if failed else Merged(int(found[0]), float(sums[0]), float(sums[1]), int(found[1]))
+    into, found, sums = np.empty(sum(piece.entries for piece in pieces), np.float32), np.zeros((len(pieces), 2), np.int64), np.zeros((len(pieces), 2))
+    outs = np.cumsum([0, *(piece.entries for piece in pieces[:-1])])
+    return into if _run_merged(pieces, (-1, outs.ctypes.data, into.ctypes.data, found.ctypes.data, sums.ctypes.data), found) else None
+
+
+def _alike(pieces: Sequence[Piece]) -> dict[Any, list[int]]:
+    """The places of those pieces that the compiled functions can take, by what they have in common."""
+    groups: dict[Any, list[int]] = {}
+    if _compiled() is not None:
+        for number, piece in enumerate(pieces):
+            dtypes = {each.dtype for each in piece.files}
+            if dtypes in ({"BF16"}, {"F32"}):
+                groups.setdefault((piece.base.dtype, piece.rule._kind), []).append(number)
+    return groups
+
+
+def _run_merged(pieces: Sequence[Piece], where: tuple[Any, ...], found: Array) -> bool:
+    """Whether it was done; False if an increment is not finite."""
+    with _as_compiled([piece.rule for piece in pieces]) as rules, _opened(pieces) as places:
+        failed = _compiled().weft_merged(len(pieces), *rules, pieces[0].base.dtype == "BF16", *places, *where)
+        if failed > 0:
+            return False
+        _require_done(failed, int(found.flat[1]), pieces[int(found.flat[0])].files if failed else ())
+    return True
 
 
 class Near(NamedTuple):
@@ -223,41 +280,40 @@ class Near(NamedTuple):
     inner: Array | None
 
 
-def near_files(base: Stored, model: Stored, brackets: Sequence[tuple[float, float]], start: int, count: int) -> list[Near] | None:
-    """What `engine.select` asks of increments start..start+count, for each (low, high), from files; None where that cannot be done here."""
+def near_files(pieces: Sequence[Piece], brackets: Sequence[tuple[float, float]]) -> list[Near] | None:
+    """What `engine.select` asks of the increments of one model, for each (low, high), from files; None where that cannot be done here."""
     import numpy as np
 
-    loops = _compiled()
-    if loops is None or {base.dtype, model.dtype} not in ({"BF16"}, {"F32"}):
+    if [len(group) for group in _alike(pieces).values()] != [len(pieces)]:
         return None
-    room = max(1024, count // 16)
+    room = max(1024, sum(piece.entries for piece in pieces) // 16)
     counts, inner = np.zeros((len(brackets), 5), np.int64), np.empty((len(brackets), room + 1), np.float32)
-    places, limits = _places((base, model), start), np.array(brackets, np.float32)
-    with _opened((base, model)) as opened:
-        where = (*_pointers(opened, places), count, len(brackets), *_pointers(limits, inner), room, *_pointers(counts))
-        failed = loops.weft_near(base.dtype == "BF16", *where)
-    _require_done(failed, int(counts[0, 0]), (base, model))
-    if failed:
-        return None
+    limits = np.array(brackets, np.float32)
+    with _opened(pieces) as (fds, places, _, sizes):
+        where = (fds, places, sizes, len(brackets), limits.ctypes.data, inner.ctypes.data, room, counts.ctypes.data)
+        failed = _compiled().weft_near(len(pieces), pieces[0].base.dtype == "BF16", *where)
+        if failed > 0:
+            return None
+        _require_done(failed, int(counts[0, 1]), pieces[int(counts[0, 0])].files if failed else ())
     return [Near(int(c[0]), int(c[1]), int(c[2]), None if c[4] else some[: c[3]].copy()) for c, some in zip(counts, inner, strict=True)]
 
 
-def _places(files: Sequence[Stored], start: int) -> Array:
-    import numpy as np
-
-    return np.array([each.offset + start * ITEMSIZE[each.dtype] for each in files], np.int64)
-
-
 @contextmanager
-def _opened(files: Sequence[Stored]) -> Iterator[Array]:
-    """Descriptors of the files of some tensors, which must be the same files afterwards."""
+def _opened(pieces: Sequence[Piece]) -> Iterator[tuple[int, int, int, int]]:
+    """Pointers to where pieces are: descriptors of their files (which must be the same files afterwards) and positions in these for each model and the
+    base, and the first entry and the number of entries of each piece."""
     import numpy as np
 
+    distinct = {each.path: each for piece in pieces for each in piece.files}
     with ExitStack() as stack:
-        found = [stack.enter_context(each._opened()) for each in files]
-        yield np.array(found, np.intc)
-        for each, fd in zip(files, found, strict=True):
-            each.require_same(fd)
+        found = {path: stack.enter_context(each._opened()) for path, each in distinct.items()}
+        width = ITEMSIZE[pieces[0].base.dtype]
+        fds = np.array([found[each.path] for piece in pieces for each in piece.files], np.intc)
+        places = np.array([each.offset + piece.first * width for piece in pieces for each in piece.files], np.int64)
+        spans = np.array([[piece.first for piece in pieces], [piece.entries for piece in pieces]], np.int64)
+        yield fds.ctypes.data, places.ctypes.data, spans[0].ctypes.data, spans[1].ctypes.data
+        for path, each in distinct.items():
+            each.require_same(found[path])
 
 
 def _require_done(failed: int, error: int, files: Sequence[Stored] = ()) -> None:

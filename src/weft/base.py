@@ -486,8 +486,13 @@ def _read_index(path: Path) -> dict[str, str]:
     weight_map = _read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{path}: expected a weight_map from tensor names to files")
+    good: set[str] = set()
     for name, file in weight_map.items():
-        if not isinstance(file, str) or not file.endswith(".safetensors") or Path(file).name != file or "\\" in file or "\0" in file:
+        if isinstance(file, str) and file in good:
+            continue
+        if isinstance(file, str) and file.endswith(".safetensors") and Path(file).name == file and "\\" not in file and "\0" not in file:
+            good.add(file)
+        else:
             raise FormatError(f"{path}: tensor {name!r} must be in a .safetensors file of the same folder, got {str(file)[:80]!r}")
     return weight_map
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from math import isfinite, prod, sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import _fused
 from ._write import atomic_file, atomic_folder, require_space
@@ -310,8 +310,11 @@ def _plan(base: Base, entries: Mapping[str, Entry]) -> list[_Shard]:
     added = [_item(base, name, entry) for name, entry in entries.items() if name not in base.tensors]
     last = max(base.files, key=lambda file: file.name)
     shards: list[_Shard] = []
-    for file in base.files:
-        tensors, metadata = read_container(file)
+    stored: dict[Path, dict[str, Stored]] = {file: {} for file in base.files}
+    for name, tensor in base.tensors.items():
+        if isinstance(tensor, Stored):
+            stored[tensor.path][name] = tensor
+    for file, tensors in stored.items():
         there = sorted(tensors, key=lambda name: (tensors[name].offset, tensors[name].nbytes))
         items = [_item(base, name, entries.get(name)) for name in there if not _removed(entries.get(name))]
         if file == last:
@@ -324,7 +327,7 @@ def _plan(base: Base, entries: Mapping[str, Entry]) -> list[_Shard]:
             layout = {item.name: item for item in items}
             order = _order(layout)
             items = [layout[name] for name in order]
-            header = container_header(layout, order, metadata)
+            header = container_header(layout, order, read_container(file)[1])
         position = len(header)
         for item in items:
             item.number, item.offset = len(shards), position
@@ -385,9 +388,38 @@ _Part = tuple[int, str, _Found]
 _Result = tuple[int, list[tuple[str, _Found]]]
 
 
-def _together(pieces: Sequence[Callable[[], _Part]]) -> _Result:
+class _Piece(NamedTuple):
+    """Some rows of a tensor: what computes and writes them, and where base + increment may come straight from files, the increment."""
+
+    item: _Item
+    lo: int
+    hi: int
+    run: Callable[[], _Part]
+    values: Relative | None = None
+
+    @property
+    def row(self) -> int:
+        """Bytes of one row."""
+        return prod(self.item.shape[1:]) * ITEMSIZE[self.item.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        return (self.hi - self.lo) * self.row
+
+    def from_files(self) -> _fused.Piece | None:
+        piece = self.values.piece(self.lo, self.hi, self.item.offset + self.lo * self.row) if self.values is not None else None
+        return piece if isinstance(piece, _fused.Piece) else None
+
+
+def _together(pieces: Sequence[_Piece], fd: int) -> _Result:
     with kept_open():
-        parts = [piece() for piece in pieces]
+        quick = [piece.from_files() for piece in pieces]
+        done = iter(_fused.merged_files([each for each in quick if each is not None], fd))
+        merged = [None if each is None else next(done) for each in quick]
+        parts = [
+            piece.run() if got is None else (piece.nbytes, piece.item.name, _Found(got.changed, got.moved, got.norm))
+            for piece, got in zip(pieces, merged, strict=True)
+        ]
     return sum(part[0] for part in parts), [(name, found) for _, name, found in parts]
 
 
@@ -424,34 +456,35 @@ class _Work:
             for source, position, offset, count in _copies(shard.items):
                 for start in range(0, count, _COPY):
                     yield partial(_copy, source, position + start, fd, offset + start, min(_COPY, count - start))
-            held: list[Callable[[], _Part]] = []
+            held: list[_Piece] = []
             size = 0
             for item in shard.items:
                 if item.ops and item.nbytes:
-                    for entries, piece in self._pieces(item, fd):
+                    for piece in self._pieces(item, fd):
                         held.append(piece)
-                        size += entries
+                        size += piece.nbytes // ITEMSIZE[item.dtype]
                         if size >= _PIECE * self.block or len(held) >= _TOGETHER:
-                            yield partial(_together, held)
+                            yield partial(_together, held, fd)
                             held, size = [], 0
             if held:
-                yield partial(_together, held)
+                yield partial(_together, held, fd)
 
-    def _pieces(self, item: _Item, fd: int) -> Iterator[tuple[int, Callable[[], _Part]]]:
-        if not chain.streams(item.shape, item.ops) or not item.shape:
-            yield prod(item.shape), partial(self._whole, item, fd)
+    def _pieces(self, item: _Item, fd: int) -> Iterator[_Piece]:
+        if not item.shape or not chain.streams(item.shape, item.ops):
+            yield _Piece(item, 0, item.shape[0] if item.shape else 1, partial(self._whole, item, fd))
             return
         values = self._increment(item)
         if values is not None:
+            direct = values if isinstance(values, Relative) and item.change is None else None
             for lo, hi in row_blocks(item.shape, _PIECE * self.block):
-                yield (hi - lo) * prod(item.shape[1:]), partial(self._added, item, values, fd, lo, hi)
+                yield _Piece(item, lo, hi, partial(self._added, item, values, fd, lo, hi), direct)
             return
         walked = [op for entry in item.ops for op in entry.walk()]
         raw = {key for op in walked if op.op != chain.SUM and op_named(op.op).raw for key in op.tensor_keys()}
         floats = {key for op in walked for key in op.tensor_keys() if self.tensors[key].dtype in FLOATS} - raw
         fields = Fields(self.tensors, floats if item.dtype != "F64" else ())
         for lo, hi in row_blocks(item.shape, _PIECE * self.block):
-            yield (hi - lo) * prod(item.shape[1:]), partial(self._rows, item, fields, fd, lo, hi)
+            yield _Piece(item, lo, hi, partial(self._rows, item, fields, fd, lo, hi))
 
     def _increment(self, item: _Item) -> Tensor | None:
         """The float32 increment, where that and nothing else is what happens to a tensor in place."""
@@ -465,10 +498,6 @@ class _Work:
         assert item.source is not None
         found = _Found()
         row = prod(item.shape[1:]) * ITEMSIZE[item.dtype]
-        done = values.write(lo, hi, (fd, item.offset + lo * row)) if isinstance(values, Relative) and item.change is None else None
-        if done is not None:
-            found.add(done.changed, done.moved, done.norm)
-            return (hi - lo) * row, item.name, found
         for start, stop in row_blocks(item.shape, self.block, lo, hi):
             old = item.source.rows(start, stop)
             by = values.beside(start, stop, old) if isinstance(values, Relative) else values.rows(start, stop)

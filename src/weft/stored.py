@@ -11,12 +11,14 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from .errors import FormatError, InputError
 
@@ -300,13 +302,42 @@ class Made(Tensor):
 class Relative(Made):
     """A tensor of increments that are made of the base's values: whoever has read those may hand them over."""
 
-    def write(self, lo: int, hi: int, out: tuple[int, int]) -> Any:
-        """base + increment on some rows into a file (its descriptor, and the position there): what was found; None where it takes `beside`."""
+    def piece(self, lo: int, hi: int, position: int) -> Any:
+        """How base + increment on some rows comes from files (a `_fused.Piece`, written from `position` on); None where it takes `beside`."""
         return None
 
     def beside(self, lo: int, hi: int, old: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         """`rows(lo, hi)` (of a scalar: all of it), `old` being the base's stored values there."""
         raise NotImplementedError
+
+
+_NEAR = 1 << 12
+
+
+def heads(tensors: Sequence[Tensor], count: int) -> list[bytes | memoryview]:
+    """`head(count)` of several tensors; what lies close together in one file is read in one go."""
+    found: list[bytes | memoryview] = [b""] * len(tensors)
+    files: dict[Path, tuple[Stored, list[tuple[int, int, int]]]] = {}
+    for number, tensor in enumerate(tensors):
+        if isinstance(tensor, Stored):
+            files.setdefault(tensor.path, (tensor, []))[1].append((tensor.offset, min(count, tensor.nbytes), number))
+        else:
+            found[number] = tensor.head(count)
+    for file, places in files.values():
+        places.sort()
+        with file._opened() as fd:
+            first = 0
+            while first < len(places):
+                begin = end = places[first][0]
+                last = first
+                while last < len(places) and places[last][0] - end <= _NEAR and places[last][0] - begin <= BLOCK:
+                    end = places[last][0] + places[last][1]
+                    last += 1
+                data = memoryview(file._pread(fd, end - begin, begin))
+                for offset, size, number in places[first:last]:
+                    found[number] = data[offset - begin : offset - begin + size]
+                first = last
+    return found
 
 
 def hold(value: Any) -> Tensor:
@@ -354,6 +385,65 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
 
 
+class _Info(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+    """What a header says of one tensor."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
+
+
+_Header = tuple[dict[str, _Info], dict[str, str]]
+_RAW = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_INFO = msgspec.json.Decoder(_Info)
+
+
+def _plain_header(text: bytes, path: Path) -> _Header | None:
+    """Tensors and metadata of a header; None where anything is odd about it, for `_strict_header` to say what.
+
+    A model can have many thousands of tensors, so this leaves the work to msgspec. That keeps the last of several equal keys, which are refused
+    here: without escapes, each name of a field stands in the text once for each tensor, and no more.
+    """
+    try:
+        parts = _RAW.decode(text)
+        said = bytes(parts.pop("__metadata__", b"{}"))
+        names = text.count(b'"dtype"') == text.count(b'"shape"') == text.count(b'"data_offsets"') == len(parts)
+        if not names or text.count(b'"__metadata__"') > 1 or text.count(b"\\") > said.count(b"\\"):
+            return None
+        infos = {name: _INFO.decode(part) for name, part in parts.items()}
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    return infos, _metadata(strict_json(said, f"{path}: __metadata__"), f"{path}: __metadata__")
+
+
+def _strict_header(text: bytes, path: Path) -> _Header:
+    """The same, slowly, with a FormatError for whatever is wrong."""
+    header = strict_json(text, str(path))
+    if not isinstance(header, dict):
+        raise FormatError(f"{path}: the header is not a JSON object")
+    metadata = _metadata(header.pop("__metadata__", {}), f"{path}: __metadata__")
+    infos: dict[str, _Info] = {}
+    for name, info in header.items():
+        where = f"{path}: tensor {name!r}"
+        if not isinstance(info, dict) or set(info) != {"dtype", "shape", "data_offsets"}:
+            raise FormatError(f"{where}: expected dtype, shape and data_offsets")
+        if not isinstance(info["dtype"], str):
+            raise FormatError(f"{where}: unknown dtype {info['dtype']!r}")
+        for field, what in (("shape", "the shape must be a list of sizes"), ("data_offsets", "data_offsets must be two byte positions")):
+            if not isinstance(info[field], list) or not all(map(_is_count, info[field])):
+                raise FormatError(f"{where}: {what}, got {str(info[field])[:80]}")
+        if len(info["data_offsets"]) != 2:
+            raise FormatError(f"{where}: data_offsets must be two byte positions, got {str(info['data_offsets'])[:80]}")
+        infos[name] = _Info(info["dtype"], info["shape"], (info["data_offsets"][0], info["data_offsets"][1]))
+    return infos, metadata
+
+
+def _metadata(value: Any, where: str) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+        raise FormatError(f"{where} must map strings to strings")
+    return value
+
+
 def read_container(path: str | Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """Validate the header of a safetensors file; return its tensors and its metadata.
 
@@ -378,26 +468,18 @@ def read_container(path: str | Path) -> tuple[dict[str, Stored], dict[str, str]]
         raise InputError(f"{path} is a folder; expected a .safetensors file") from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    header = strict_json(text, str(path))
-    if not isinstance(header, dict):
-        raise FormatError(f"{path}: the header is not a JSON object")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise FormatError(f"{path}: __metadata__ must map strings to strings")
+    infos, metadata = _plain_header(text, path) or _strict_header(text, path)
     tensors: dict[str, Stored] = {}
     spans = []
-    for name, info in header.items():
+    for name, info in infos.items():
         where = f"{path}: tensor {name!r}"
-        if not isinstance(info, dict) or set(info) != {"dtype", "shape", "data_offsets"}:
-            raise FormatError(f"{where}: expected dtype, shape and data_offsets")
-        dtype, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in ITEMSIZE:
+        dtype, shape, (begin, end) = info.dtype, info.shape, info.data_offsets
+        if dtype not in ITEMSIZE:
             raise FormatError(f"{where}: unknown dtype {dtype!r}")
-        if not isinstance(shape, list) or len(shape) > 64 or not all(map(_is_count, shape)):
+        if len(shape) > 64 or not all(map(_is_count, shape)):
             raise FormatError(f"{where}: the shape must be a list of sizes, got {str(shape)[:80]}")
-        if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
-            raise FormatError(f"{where}: data_offsets must be two byte positions, got {str(offsets)[:80]}")
-        begin, end = offsets
+        if not _is_count(begin) or not _is_count(end):
+            raise FormatError(f"{where}: data_offsets must be two byte positions, got {str([begin, end])[:80]}")
         need = prod(shape) * ITEMSIZE[dtype]
         if end - begin != need:
             raise FormatError(f"{where}: {dtype} of shape {shape} needs {need:,} bytes, data_offsets give {end - begin:,}")

@@ -22,7 +22,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import xp
-from .._fused import Combination, Merged, Near, balance, combined, combined_stored, merged_files, near_files
+from .._fused import Combination, Near, Piece, balance, combined, combined_files, combined_stored, merged_files, near_files
 from ..base import Base
 from ..delta import BaseTensor, Change, Delta, Entry, merge_patches
 from ..errors import InputError, MismatchError, UsageError
@@ -31,7 +31,7 @@ from ..folding import with_tied
 from ..ops import chain
 from ..ops import get as op_named
 from ..ops.spec import Json, OpEntry
-from ..stored import FLOATS, Stored, Tensor, kept_open, read_container
+from ..stored import FLOATS, Stored, Tensor, heads, kept_open, read_container
 from .select import Brackets, Close, Over, near
 from .stream import BLOCK, Fields, in_threads, row_blocks
 
@@ -41,8 +41,13 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 _SHOWN = 40
-_TOGETHER = 64
+_TOGETHER = 256
+"""The most tensors in one job."""
+
 _R = TypeVar("_R")
+
+Span = tuple["Target", int, int]
+"""Rows lo..hi of a target."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,9 @@ class _Checkpoint:
 
     def _differing(self, names: Sequence[str]) -> list[str]:
         with kept_open():
-            return [name for name in names if _differ(self.base.tensors[name], self.ckpt.tensors[name])]
+            return [
+                name for name, same in zip(names, _alike([self.base.tensors[n] for n in names], [self.ckpt.tensors[n] for n in names]), strict=True) if not same
+            ]
 
     def by_rows(self, target: Target) -> bool:
         return bool(target.shape)
@@ -241,14 +248,11 @@ class _Update:
         return _difference(after, before, block, self.label)
 
 
-def _differ(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape differ in dtype or in any byte."""
-    if a.dtype != b.dtype:
-        return True
+def _alike(a: Sequence[Tensor], b: Sequence[Tensor]) -> Iterator[bool]:
+    """Which of several pairs of tensors, each of one shape, have the same dtype and bytes. Most that differ do so at once."""
     size = 1 << 12
-    if a.head(size) != b.head(size):  # most that differ do so at once
-        return True
-    return a.nbytes > size and any(x != y for x, y in zip(a.blocks(), b.blocks(), strict=True))
+    for x, y, one, other in zip(a, b, heads(a, size), heads(b, size), strict=True):
+        yield x.dtype == y.dtype and one == other and (x.nbytes <= size or all(p == q for p, q in zip(x.blocks(), y.blocks(), strict=True)))
 
 
 def _apply(w: Array, delta: Delta, ops: Sequence[OpEntry], fields: Fields, block: Block) -> Array:
@@ -482,23 +486,20 @@ class Increments:
 
     def _twins(self) -> dict[str, str]:
         alike: dict[Any, list[str]] = {}
+        present = [name for name, target in self.targets.items() if not target.added and self.base is not None]
+        starts = dict(zip(present, map(bytes, heads([self.base.tensors[name] for name in present], 64) if self.base is not None else ()), strict=True))
         for name, target in self.targets.items():
             if not target.added:
-                mark = self._start(name) if self.base is not None else target.known
+                mark = starts[name] if self.base is not None else target.known
                 alike.setdefault((target.dtype, target.shape, mark), []).append(name)
         found: dict[str, str] = {}
         for names in alike.values():
             while len(names) > 1:
                 first, *others = names
-                same = [name for name in others if self.base is None or not _differ(self.base.tensors[first], self.base.tensors[name])]
+                same = [name for name in others if self.base is None or all(_alike([self.base.tensors[first]], [self.base.tensors[name]]))]
                 found |= dict.fromkeys(same, first)
                 names = [name for name in others if name not in same]
         return found
-
-    def _start(self, name: str) -> bytes:
-        """A base tensor's first bytes: enough to tell most tensors apart."""
-        assert self.base is not None
-        return bytes(self.base.tensors[name].head(64))
 
     # --- increments
 
@@ -541,33 +542,47 @@ class Increments:
                 return out
         return combined([self.read(number, block, old) for number in movers], rule, block.start)
 
-    def merged(self, rule: Combination, target: Target, lo: int, hi: int, out: tuple[int, int] | None = None) -> Merged | None:
-        """base + combination on some rows, from the files of checkpoints into a file; None where that cannot be (`_fused.merged_files`)."""
-        movers = self._movers(target.name)
-        ckpts = self._checkpoints(target.name, movers)
+    def piece(self, rule: Combination, target: Target, lo: int, hi: int, position: int = 0, only: int | None = None) -> Piece | None:
+        """base + combination on some rows (or, with `only`, what one update adds), from the files of checkpoints; None where an update is no such file."""
+        movers = self._movers(target.name) if only is None else [only]
+        ckpts = [each for each in self._checkpoints(target.name, movers) if isinstance(each, Stored)]
         base = self.base.tensors.get(target.name) if self.base is not None else None
-        if not isinstance(base, Stored) or not ckpts or not all(isinstance(each, Stored) for each in ckpts):
+        if not isinstance(base, Stored) or not ckpts or len(ckpts) < len(movers):
             return None
         row = target.size // target.rows
-        return merged_files(base, [each for each in ckpts if isinstance(each, Stored)], rule.only(movers), lo * row, (hi - lo) * row, out)
+        return Piece(base, ckpts, rule.only(movers) if only is None else rule, lo * row, (hi - lo) * row, position)
 
     def balance(self, rule: Callable[[Target], Combination]) -> int:
         """At how many entries of all tensors plus wins the election of a combination, less those at which minus does."""
-        pieces = [(target, lo, hi) for target in self.targets.values() for lo, hi in _pieces(target, 8 * self.block_size)]
-        step = _TOGETHER if len(pieces) > _TOGETHER * self.threads else 1
-        return sum(in_threads((partial(self._balances, rule, pieces[k : k + step]) for k in range(0, len(pieces), step)), self.threads))
+        return sum(in_threads((partial(self._balances, rule, spans) for spans in self._together(self.targets.values())), self.threads))
 
-    def _balances(self, rule: Callable[[Target], Combination], pieces: Sequence[tuple[Target, int, int]]) -> int:
+    def _balances(self, rule: Callable[[Target], Combination], spans: Sequence[Span]) -> int:
         with kept_open():
-            return sum(self._balance(rule(target), target, lo, hi) for target, lo, hi in pieces)
+            rules = [rule(target) for target, _, _ in spans]
+            pieces = [None if span[0].added else self.piece(rule, *span) for rule, span in zip(rules, spans, strict=True)]
+            found = iter(merged_files([piece for piece in pieces if piece], None))
+            merged = [next(found) if piece else None for piece in pieces]
+            return sum(each.balance if each else self._balance(rule, *span) for each, rule, span in zip(merged, rules, spans, strict=True))
 
     def _balance(self, rule: Combination, target: Target, lo: int, hi: int) -> int:
-        found = self.merged(rule, target, lo, hi) if target.wide == "float32" and not target.added else None
-        if found is not None:
-            return found.balance
         movers = self._movers(target.name)
         blocks = (Block(target, *rows) for rows in row_blocks(target.shape or (1,), self.block_size, lo, hi))
         return sum(balance([self.read(number, block) for number in movers], rule.only(movers), block.start) for block in blocks)
+
+    def _together(self, targets: Iterable[Target], every: int = 1, entries: int = 8) -> Iterator[list[Span]]:
+        """Rows of tensors for one job each: of a large tensor some blocks (about `entries`), of tiny ones many. Of all these, each `every`-th."""
+        held: list[Span] = []
+        size = number = 0
+        for target in targets:
+            for lo, hi in row_blocks(target.shape or (1,), entries * self.block_size) if target.size else ():
+                held.append((target, lo, hi))
+                size += (hi - lo) * (target.size // target.rows)
+                if size >= entries * self.block_size or len(held) >= _TOGETHER:
+                    if number % every == 0:
+                        yield held
+                    held, size, number = [], 0, number + 1
+        if held and number % every == 0:
+            yield held
 
     def _movers(self, name: str) -> list[int]:
         return [number for number, claims in enumerate(self._touched) if name in claims]
@@ -585,35 +600,49 @@ class Increments:
 
     def each(self, number: int, target: Target | None = None) -> Over:
         """One update's increments on all that it changes, or on one tensor (then in this thread), for `engine.select`."""
-        blocks = list(target.blocks(self.block_size)) if target else [block for block in self.blocks() if self.touches(number, block.target.name)]
+        targets = self._changed(number, target)
 
         def over(function: Callable[[Any], Any], every: int) -> Iterator[Any]:
-            return in_threads((partial(self._with_one, function, number, block) for block in blocks[::every]), 1 if target else self.threads)
+            jobs = (partial(self._with_one, function, number, spans) for spans in self._together(targets, every, 1))
+            return (each for some in in_threads(jobs, 1 if target else self.threads) for each in some)
 
         return over
 
     def close(self, number: int, target: Target | None = None) -> Close:
         """What `engine.select.near` finds in one update's increments on all that it changes, or on one tensor, from the files where that is possible."""
-        targets = [target] if target else [each for each in self.targets.values() if self.touches(number, each.name)]
-        pieces = [(each, lo, hi) for each in targets for lo, hi in _pieces(each, 8 * self.block_size)]
+        targets = self._changed(number, target)
 
         def close(brackets: Brackets) -> Iterator[list[Near]]:
-            found = in_threads((partial(self._close, number, brackets, *piece) for piece in pieces), 1 if target else self.threads)
+            found = in_threads((partial(self._close, number, brackets, spans) for spans in self._together(targets)), 1 if target else self.threads)
             return (each for some in found for each in some)
 
         return close
 
-    def _close(self, number: int, brackets: Brackets, target: Target, lo: int, hi: int) -> list[list[Near]]:
-        row = target.size // target.rows
-        ckpts, base = self._checkpoints(target.name, [number]), self.base.tensors.get(target.name) if self.base is not None else None
-        if ckpts and isinstance(base, Stored) and isinstance(ckpts[0], Stored):
-            found = near_files(base, ckpts[0], brackets, lo * row, (hi - lo) * row)
-            if found is not None:
-                return [found]
-        return [near(brackets, self.read(number, Block(target, *rows))) for rows in row_blocks(target.shape or (1,), self.block_size, lo, hi)]
+    def _changed(self, number: int, target: Target | None) -> list[Target]:
+        return [target] if target else [each for each in self.targets.values() if self.touches(number, each.name)]
 
-    def _with_one(self, function: Callable[[Array], Any], number: int, block: Block) -> Any:
-        return function(self.read(number, block))
+    def _alone(self, number: int, spans: Sequence[Span]) -> list[Piece]:
+        """One update's increments on some rows, from its file; nothing where that is not possible for all of them."""
+        pieces = [self.piece(Combination([1.0]), *span, only=number) for span in spans]
+        found = [piece for piece in pieces if piece]
+        return found if len(found) == len(pieces) else []
+
+    def _close(self, number: int, brackets: Brackets, spans: Sequence[Span]) -> list[list[Near]]:
+        with kept_open():
+            pieces = self._alone(number, spans)
+            found = near_files(pieces, brackets) if pieces else None
+            return [found] if found is not None else [near(brackets, block) for block in self._blocks(number, spans)]
+
+    def _with_one(self, function: Callable[[Array], _R], number: int, spans: Sequence[Span]) -> list[_R]:
+        with kept_open():
+            pieces = self._alone(number, spans) if len(spans) > 1 else []
+            together = combined_files(pieces) if pieces else None
+            return [function(block) for block in (self._blocks(number, spans) if together is None else [together])]
+
+    def _blocks(self, number: int, spans: Sequence[Span]) -> Iterator[Array]:
+        for target, lo, hi in spans:
+            for rows in row_blocks(target.shape or (1,), self.block_size, lo, hi):
+                yield self.read(number, Block(target, *rows))
 
     def map(self, function: Callable[[Block, list[Array]], _R]) -> Iterator[_R]:
         """`function(block, increments of all updates)` over all blocks, in order, computed ahead in threads."""
@@ -621,11 +650,6 @@ class Increments:
 
     def _with_all(self, function: Callable[[Block, list[Array]], _R], block: Block) -> _R:
         return function(block, self.read_all(block))
-
-
-def _pieces(target: Target, entries: int) -> Iterator[tuple[int, int]]:
-    if target.size:
-        yield from row_blocks(target.shape or (1,), entries)
 
 
 def _label(update: Update, number: int) -> str:

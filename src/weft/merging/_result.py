@@ -8,7 +8,7 @@ from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from .._fused import Combination, Merged
+from .._fused import Combination, Piece
 from ..engine.increments import Block, Increments, Target
 from ..engine.stream import in_threads
 from ..stored import Relative
@@ -78,9 +78,9 @@ class MergedTensor(Relative):
     def rows(self, lo: int, hi: int) -> Array:
         return self.kernel.rows(Block(self.target, lo, hi))
 
-    def write(self, lo: int, hi: int, out: tuple[int, int]) -> Merged | None:
+    def piece(self, lo: int, hi: int, position: int) -> Piece | None:
         rule = self.kernel.combination(self.target)
-        return None if rule is None or self.target.added else self.kernel.models.merged(rule, self.target, lo, hi, out)
+        return None if rule is None or self.target.added else self.kernel.models.piece(rule, self.target, lo, hi, position)
 
     def beside(self, lo: int, hi: int, old: Array) -> Array:
         return self.kernel.rows(Block(self.target, lo, hi), None if self.target.added else old)
