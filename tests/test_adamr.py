@@ -101,7 +101,8 @@ def test_k_and_k_steps_are_2k_steps_from_the_same_start(tmp_path: Path, space: s
     with pytest.raises(KeyboardInterrupt):
         tune(folder, LABELLED, out=tmp_path / "d.safetensors", save_every=3, **{**options, "progress": Stop()})
     assert tune(folder, LABELLED, out=tmp_path / "d.safetensors", resume=tmp_path / "d.safetensors.state", **options).id == whole.id
-    assert whole.recipe["config"]["optimizer"] == {"name": "adamr", "lr": 0.01, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "decay": 0.5, "norm": "l2"}
+    rates = {"lr": 0.01, "b_ratio": 1.0, "layer_decay": 1.0}
+    assert whole.recipe["config"]["optimizer"] == {"name": "adamr", **rates, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "decay": 0.5, "norm": "l2"}
     free, held = ({key: tensor.read() for key, tensor in tune(folder, LABELLED, **{**options, "decay": decay}).tensors.items()} for decay in (0.0, 5.0))
     base = weft.Base.open(folder)
 

@@ -433,6 +433,24 @@ EACH_CPU static void near(const uint32_t *restrict size, uint32_t low, uint32_t 
     counts[0] = above, counts[1] = top, counts[2] = bottom, counts[3] = between;
 }
 
+/* Puts the magnitudes strictly between low and high behind `to`, which needs room for one more. Most vectors have none. `size` ends
+ * with zeros up to whole vectors. */
+EACH_CPU static void gather(const uint32_t *size, uint32_t low, uint32_t high, size_t count, float *to) {
+    for (size_t i = 0; i < count; i += LANES) {
+        Bits values;
+        uint64_t found[LANES / 2], any = 0;
+        memcpy(&values, size + i, sizeof values);
+        values = negative(((int32_t)low - values) & (values - (int32_t)high));
+        memcpy(found, &values, sizeof found);
+        for (int k = 0; k < LANES / 2; k++) any |= found[k];
+        if (!any) continue;
+        for (size_t j = i; j < i + LANES; j++) {
+            *to = of_bits(size[j]);
+            to += (size[j] > low) & (size[j] < high);
+        }
+    }
+}
+
 /* For each of m pairs (low, high) of magnitudes of the increments of one model: counts as above over all jobs, and the magnitudes strictly between, of which
  * `inner` has room for `room` + 1 each; if there are more, counts[4] is 1 and they are not all there. `fds` and `places` are the model's and the base's.
  * Results as weft_merged. */
@@ -453,18 +471,13 @@ PUBLIC int weft_near(int jobs, int bf16, const int *fds, const int64_t *places, 
                 const void *model = stored + i * width, *base = stored + (PIECE + i) * width;
                 uint32_t most = bf16 ? magnitudes16(base, model, size, many) : magnitudes32(base, model, size, many);
                 largest = most > largest ? most : largest;
+                for (size_t j = many; j % LANES; j++) size[j] = 0;
                 for (int k = 0; k < m; k++) {
                     uint32_t low = bits_of(limits[2 * k]), high = bits_of(limits[2 * k + 1]);
                     int64_t *sums = counts + 5 * k;
                     near(size, low, high, many, found);
                     if (found[3] && (uint64_t)sums[3] + found[3] > room) sums[4] = 1;
-                    if (found[3] && !sums[4]) {
-                        float *to = inner + (size_t)k * (room + 1) + sums[3]; /* one more than there is room for: every entry is written, few stay */
-                        for (size_t j = 0; j < many; j++) {
-                            *to = of_bits(size[j]);
-                            to += (size[j] > low) & (size[j] < high);
-                        }
-                    }
+                    if (found[3] && !sums[4]) gather(size, low, high, many, inner + (size_t)k * (room + 1) + sums[3]);
                     for (int c = 0; c < 4; c++) sums[c] += found[c];
                 }
             }

@@ -62,15 +62,28 @@ class Objective(Protocol):
     def loss(self, model: nn.Module, batch: Batch) -> torch.Tensor: ...
 
 
-class Hooks:
-    """Where spaces and guards take part in the loop. Every method may be left as it is.
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A micro-batch of a step, on the run's device. `share`: how much of the step's loss is its; over all parts and processes they sum to one."""
 
-    What a hook keeps between steps goes through `state` and `load`, or resuming is not exact. A hook that draws random
-    numbers may use torch's generators, or one made from `run.key`.
+    batch: Batch
+    share: float
+
+
+class Stages:
+    """The moments at which others take part in a step, in their order. Every method may be left as it is.
+
+    An optimizer that needs more than gradients is a `Stages` as well as a torch Optimizer; the loop then calls it before the hooks.
+    What it keeps is in its `state` and `param_groups`, which the loop saves anyway, in the dtypes of the tensors (torch loads them so).
+    It may also ask for larger batches (`run.width`) and for smaller micro-batches (`run.pieces`), make more gradients of the
+    same step (`backward`, `settle`), and add up over processes (`run.summed`).
     """
 
     def start(self, run: Run) -> None:
         """Before the first step, after the state of an earlier run has been loaded."""
+
+    def batches(self, run: Run, parts: Sequence[Part]) -> None:
+        """Before the gradients, with what this process makes them of."""
 
     def loss(self, run: Run, batch: Batch) -> torch.Tensor | None:
         """A term to add to the loss of this batch (of each micro-batch; the shares sum to one)."""
@@ -85,6 +98,17 @@ class Hooks:
     def end(self, run: Run) -> None:
         """After the last step."""
 
+    def close(self, run: Run) -> None:
+        """At the very end, whatever happened: what was put on the model is taken off."""
+
+
+class Hooks(Stages):
+    """Where spaces and guards take part in the loop.
+
+    What a hook keeps between steps goes through `state` and `load`, or resuming is not exact. A hook that draws random
+    numbers may use torch's generators, or one made from `run.key`.
+    """
+
     def state(self) -> dict[str, torch.Tensor]:
         """What must be kept to go on from here."""
         return {}
@@ -95,7 +119,13 @@ class Hooks:
 
 @dataclass
 class Run:
-    """A training run. `tensors` is what is trained, by name; `factor(step, total)` multiplies each group's learning rate."""
+    """A training run. `tensors` is what is trained, by name; `factor(place, total)` multiplies each group's learning rate.
+
+    step:  optimizer steps done; loss: that of the last one
+    place: batches of `batch_size` done; a run ends when there have been `total`
+    width: how many batches one step takes, 1 unless an optimizer asks for more. No step reaches over the end of an epoch
+    pieces: the fewest micro-batches that a step is cut into
+    """
 
     model: nn.Module
     objective: Objective
@@ -106,8 +136,15 @@ class Run:
     seed: int = 0
     hooks: Sequence[Hooks] = ()
     step: int = 0
+    place: int = 0
+    width: int = 1
+    pieces: int = 1
+    loss: float = math.nan
     total: int = field(init=False)
     per_epoch: int = field(init=False)
+    wrapped: nn.Module = field(init=False)
+    """The model as several processes train it together; the model itself where there is one."""
+    accelerator: Any = field(init=False)
 
     def __post_init__(self) -> None:
         self.per_epoch = math.ceil(len(self.objective.examples) / self.config.batch_size)
@@ -123,6 +160,25 @@ class Run:
     @property
     def device(self) -> torch.device:
         return next(iter(self.tensors.values())).device
+
+    @property
+    def planned(self) -> int:
+        """Steps in all, if batches stay as large as they are."""
+        return self.step + math.ceil((self.total - self.place) / self.width)
+
+    @property
+    def stages(self) -> list[Stages]:
+        """All that take part, in order: an optimizer sees gradients as the batches give them."""
+        return [*([self.optimizer] if isinstance(self.optimizer, Stages) else []), *self.hooks]
+
+    def autocast(self) -> torch.autocast:
+        """The precision of a forward pass, as a context."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast)
+
+    def summed(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over all processes."""
+        total: torch.Tensor = self.accelerator.reduce(value, "sum")
+        return total
 
 
 @dataclass(frozen=True)
@@ -165,54 +221,57 @@ def train(
     recent: deque[float] = deque(maxlen=_RECENT)
     if resume is not None:
         recent.extend(_restore(run, resume, identity or {}))
-    model = accelerator.prepare_model(run.model) if accelerator.num_processes > 1 else run.model
+    run.accelerator = accelerator
+    run.wrapped = accelerator.prepare_model(run.model) if accelerator.num_processes > 1 else run.model
     first, tokens = run.step, 0
-    parameters = list(run.tensors.values())
-    events("start", total=run.total, first=first, parameters=sum(p.numel() for p in parameters), examples=len(run.objective.examples))
-    with _randomness(run), _training(run.model):
-        for hook in run.hooks:
-            hook.start(run)
+    parameters = sum(p.numel() for p in run.tensors.values())
+    events("start", total=run.planned, first=first, parameters=parameters, examples=len(run.objective.examples))
+    with _randomness(run), _training(run.model), _taking_part(run):
         epoch, plan = -1, []
-        while run.step < run.total:
+        while run.place < run.total:
             began = events.seconds
-            if run.step // run.per_epoch != epoch:
-                epoch = run.step // run.per_epoch
+            if run.place // run.per_epoch != epoch:
+                epoch = run.place // run.per_epoch
                 plan = batches([len(e["input_ids"]) for e in run.objective.examples], run.config.batch_size, run.seed, epoch, bucket=run.config.bucket)
             torch.manual_seed(xp.key(run.key, accelerator.process_index) >> 1)
-            factor = run.factor(run.step, run.total)
+            factor = run.factor(run.place, run.total)
             for group in run.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
-            loss, seen = _gradients(run, model, accelerator, plan[run.step % run.per_epoch], epoch)
-            for hook in run.hooks:
-                hook.gradients(run)
-            norm = float(nn.utils.clip_grad_norm_(parameters, run.config.clip or math.inf))
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                events("step", step=run.step, first=first, total=run.total, loss=loss, lr=run.optimizer.param_groups[0]["lr"], grad_norm=norm, tokens_per_s=0.0)
+            at = run.place % run.per_epoch
+            taken = plan[at : at + min(run.width, run.total - run.place)]
+            parts = _parts(run, [k for batch in taken for k in batch], epoch)
+            seen = sum(_tokens(part.batch) for part in parts)
+            for each in run.stages:
+                each.batches(run, parts)
+            run.loss = backward(run, parts, lambda model, part: run.objective.loss(model, part.batch))
+            norm = settle(run)
+            lr = run.optimizer.param_groups[0]["lr"]
+            if not (math.isfinite(run.loss) and math.isfinite(norm)):
+                events("step", step=run.step, first=first, total=run.planned, loss=run.loss, lr=lr, grad_norm=norm, tokens_per_s=0.0)
                 raise WeftError(
-                    f"step {run.step + 1} of {run.total}: the {'loss' if not math.isfinite(loss) else 'gradient'} is not finite "
-                    f"(loss {loss}, gradient norm {norm}, learning rate {run.optimizer.param_groups[0]['lr']:.3g})",
+                    f"step {run.step + 1} of {run.planned}: the {'loss' if not math.isfinite(run.loss) else 'gradient'} is not finite "
+                    f"(loss {run.loss}, gradient norm {norm}, learning rate {lr:.3g})",
                     hint="a lower learning rate (-p lr=...), a longer warmup, or float32 instead of a 16-bit dtype",
                 )
             run.optimizer.step()
             run.optimizer.zero_grad(set_to_none=True)
             run.step += 1
+            run.place += len(taken)
             if run.step % _TRIM_EVERY == 0:
                 _trim()
-            for hook in run.hooks:
-                hook.after_step(run)
-            recent.append(loss)
+            for each in run.stages:
+                each.after_step(run)
+            recent.append(run.loss)
             tokens += seen
-            rate = seen / max(events.seconds - began, 1e-9)
-            lr = run.optimizer.param_groups[0]["lr"]
-            events("step", step=run.step, first=first, total=run.total, loss=loss, lr=lr, grad_norm=norm, tokens_per_s=round(rate, 1))
+            rate = round(seen / max(events.seconds - began, 1e-9), 1)
+            wide = {"batches": len(taken)} if len(taken) > 1 else {}
+            events("step", step=run.step, first=first, total=run.planned, loss=run.loss, lr=lr, grad_norm=norm, tokens_per_s=rate, **wide)
             if evaluate is not None and evaluate_every and run.step % evaluate_every == 0:
                 with _evaluating(run.model):
                     events("eval", step=run.step, **evaluate(run))
             if state is not None and save_every and run.step % save_every == 0 and accelerator.is_main_process:
                 save_state(state, run, recent, identity or {})
                 events("save", step=run.step, path=str(state))
-        for hook in run.hooks:
-            hook.end(run)
     summary = Summary(sum(recent) / max(1, len(recent)), run.step, tokens, events.seconds)
     events("end", step=run.step, loss=summary.loss, seconds=round(summary.seconds, 3), tokens=tokens)
     return summary
@@ -230,42 +289,70 @@ def _trim() -> None:
         trim(0)
 
 
-def _gradients(run: Run, model: nn.Module, accelerator: Any, positions: Sequence[int], epoch: int) -> tuple[float, int]:
-    """One step's gradients; its loss, and how many tokens this process saw.
+def _parts(run: Run, positions: Sequence[int], epoch: int) -> list[Part]:
+    """This process's micro-batches of one step.
 
     A loss is a mean over `weight` things (tokens, examples), so micro-batches count by their weights: how a batch is cut, and
     over how many processes, changes nothing but rounding.
     """
-    mine = list(positions[accelerator.process_index :: accelerator.num_processes]) or [positions[0]]
-    size = run.config.micro_batch_size or len(mine)
+    rank, processes = run.accelerator.process_index, run.accelerator.num_processes
+    mine = list(positions[rank::processes]) or [positions[0]]
+    size = min(run.config.micro_batch_size or len(mine), math.ceil(len(mine) / run.pieces))
     seed = xp.key(run.seed, epoch)
-    parts = []
+    made = []
     for start in range(0, len(mine), size):
         chosen = mine[start : start + size]
-        parts.append(run.objective.collate([run.objective.examples[k] for k in chosen], [xp.key(seed, k) for k in chosen]))
-    weights = [run.objective.weight(part) for part in parts]
-    if accelerator.process_index >= len(positions):  # a last batch with fewer examples than processes: run along, count for nothing
+        made.append(run.objective.collate([run.objective.examples[k] for k in chosen], [xp.key(seed, k) for k in chosen]))
+    weights = [run.objective.weight(batch) for batch in made]
+    if rank >= len(positions):  # a last batch with fewer examples than processes: run along, count for nothing
         weights = [0.0]
     whole = sum(weights)
-    if accelerator.num_processes > 1:
-        whole = float(accelerator.reduce(torch.tensor(whole, device=run.device), "sum"))
-    loss, seen = 0.0, 0
-    for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
-        seen += int(part["attention_mask"].sum()) if "attention_mask" in part else part["input_ids"].numel()
-        part = {name: value.to(run.device) for name, value in part.items()}
-        share = weight / whole if whole else 0.0
-        last = number == len(parts) - 1
-        with nullcontext() if last or accelerator.num_processes == 1 else accelerator.no_sync(model):
-            with torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.autocast):
-                value = run.objective.loss(model, part)
-                for hook in run.hooks:
-                    extra = hook.loss(run, part)
+    if processes > 1:
+        whole = float(run.summed(torch.tensor(whole, device=run.device)))
+    return [
+        Part({name: value.to(run.device) for name, value in batch.items()}, weight / whole if whole else 0.0)
+        for batch, weight in zip(made, weights, strict=True)
+    ]
+
+
+def _tokens(batch: Batch) -> int:
+    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
+
+
+def backward(run: Run, parts: Sequence[Part], loss: Callable[[nn.Module, Part], torch.Tensor]) -> float:
+    """Adds to `.grad` the gradient of the parts' losses, each with the hooks' terms and by its share; returns their sum over all processes."""
+    processes = run.accelerator.num_processes
+    total = 0.0
+    for part in parts:
+        with nullcontext() if part is parts[-1] or processes == 1 else run.accelerator.no_sync(run.wrapped):
+            with run.autocast():
+                value = loss(run.wrapped, part)
+                for each in run.stages:
+                    extra = each.loss(run, part.batch)
                     value = value if extra is None else value + extra
-            (value * (share * accelerator.num_processes)).backward()  # processes average their gradients
-        loss += float(value.detach()) * share
-    if accelerator.num_processes > 1:
-        loss = float(accelerator.reduce(torch.tensor(loss, device=run.device), "sum"))
-    return loss, seen
+            (value * (part.share * processes)).backward()  # processes average their gradients
+        total += float(value.detach()) * part.share
+    return total if processes == 1 else float(run.summed(torch.tensor(total, device=run.device)))
+
+
+def settle(run: Run) -> float:
+    """What becomes of gradients before a step: the hooks change them, then they are clipped. Returns their norm before clipping."""
+    for each in run.stages:
+        each.gradients(run)
+    return float(nn.utils.clip_grad_norm_(list(run.tensors.values()), run.config.clip or math.inf))
+
+
+@contextmanager
+def _taking_part(run: Run) -> Iterator[None]:
+    try:
+        for each in run.stages:
+            each.start(run)
+        yield
+        for each in run.stages:
+            each.end(run)
+    finally:
+        for each in run.stages:
+            each.close(run)
 
 
 @contextmanager
@@ -315,7 +402,7 @@ def save_state(path: Path, run: Run, recent: Sequence[float] | deque[float], ide
     optimizer = _flat(run.optimizer.state_dict(), "optimizer", tensors)
     for number, hook in enumerate(run.hooks):
         tensors |= {f"hook/{number}/{name}": value for name, value in hook.state().items()}
-    about = {"step": run.step, "recent": list(recent), "optimizer": optimizer, "identity": dict(identity)}
+    about = {"step": run.step, "place": run.place, "width": run.width, "recent": list(recent), "optimizer": optimizer, "identity": dict(identity)}
     held = {name: hold(value) for name, value in tensors.items()}
     order = sorted(held, key=lambda name: (-held[name].nbytes, name))
     with atomic_file(path) as out:
@@ -353,7 +440,7 @@ def _restore(run: Run, path: Path, identity: Mapping[str, Any]) -> list[float]:
     for number, hook in enumerate(run.hooks):
         prefix = f"hook/{number}/"
         hook.load({name.removeprefix(prefix): get(name).to(run.device) for name in stored if name.startswith(prefix)})
-    run.step = about["step"]
+    run.step, run.place, run.width = about["step"], about["place"], about["width"]
     return [float(loss) for loss in about["recent"]]
 
 

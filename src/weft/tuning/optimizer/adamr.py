@@ -28,12 +28,12 @@ import torch
 from torch import nn
 
 from ...methods import method
+from . import Rates, groups
 
 
-class AdamRConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class AdamRConfig(Rates, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """Options of AdamR."""
 
-    lr: Annotated[float, msgspec.Meta(description="peak learning rate; none: what suits the space", gt=0)] | None = None
     beta1: Annotated[float, msgspec.Meta(description="decay of the gradient's mean", ge=0, lt=1)] = 0.9
     beta2: Annotated[float, msgspec.Meta(description="decay of the squared gradient's mean", ge=0, lt=1)] = 0.999
     eps: Annotated[float, msgspec.Meta(description="added to the denominator", gt=0)] = 1e-8
@@ -49,14 +49,14 @@ class AdamRConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fiel
 )
 def adamr(tensors: Mapping[str, nn.Parameter], cfg: AdamRConfig) -> torch.optim.Optimizer:
     """Adam with decay towards the weights that training starts from."""
-    return AdamR(tensors.values(), cfg)
+    return AdamR(groups(tensors, cfg), cfg)
 
 
 class AdamR(torch.optim.Optimizer):
     """See the head of this file. Sparse gradients are not taken; a tensor without a gradient stays as it is."""
 
-    def __init__(self, tensors: Iterable[nn.Parameter], cfg: AdamRConfig) -> None:
-        super().__init__(tensors, {"lr": cfg.lr or 1e-3})
+    def __init__(self, tensors: Iterable[Any], cfg: AdamRConfig) -> None:
+        super().__init__(tensors, {})
         self._cfg = cfg
         self._start = {p: p.detach().clone() for group in self.param_groups for p in group["params"]}
 

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from ...methods import method
+from . import Rates, groups
 
 
-class AdamWConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class AdamWConfig(Rates, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """Options of AdamW."""
 
-    lr: Annotated[float, msgspec.Meta(description="peak learning rate; none: what suits the space", gt=0)] | None = None
     beta1: Annotated[float, msgspec.Meta(description="decay of the gradient's mean", ge=0, lt=1)] = 0.9
     beta2: Annotated[float, msgspec.Meta(description="decay of the squared gradient's mean", ge=0, lt=1)] = 0.999
     eps: Annotated[float, msgspec.Meta(description="added to the denominator", gt=0)] = 1e-8
@@ -30,7 +30,4 @@ class AdamWConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_fiel
 )
 def adamw(tensors: Mapping[str, nn.Parameter], cfg: AdamWConfig) -> torch.optim.Optimizer:
     """Adam with decoupled weight decay; none on biases and other vectors."""
-    matrices = [p for p in tensors.values() if p.ndim > 1]
-    vectors = [p for p in tensors.values() if p.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": cfg.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=cfg.lr or 1e-3, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps)
+    return torch.optim.AdamW(groups(tensors, cfg, decay=cfg.weight_decay), betas=(cfg.beta1, cfg.beta2), eps=cfg.eps)
