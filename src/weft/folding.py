@@ -21,6 +21,8 @@ from math import isfinite, prod, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
+
 from . import _fused
 from ._write import atomic_file, atomic_folder, require_space
 from .base import INDEX, PICKLES, WEIGHTS, merge_patch
@@ -395,19 +397,14 @@ class _Piece(NamedTuple):
     lo: int
     hi: int
     run: Callable[[], _Part]
+    nbytes: int
     values: Relative | None = None
 
-    @property
-    def row(self) -> int:
-        """Bytes of one row."""
-        return prod(self.item.shape[1:]) * ITEMSIZE[self.item.dtype]
-
-    @property
-    def nbytes(self) -> int:
-        return (self.hi - self.lo) * self.row
-
     def from_files(self) -> _fused.Piece | None:
-        piece = self.values.piece(self.lo, self.hi, self.item.offset + self.lo * self.row) if self.values is not None else None
+        if self.values is None:
+            return None
+        before = self.lo * (self.nbytes // (self.hi - self.lo))
+        piece = self.values.piece(self.lo, self.hi, self.item.offset + before)
         return piece if isinstance(piece, _fused.Piece) else None
 
 
@@ -471,20 +468,21 @@ class _Work:
 
     def _pieces(self, item: _Item, fd: int) -> Iterator[_Piece]:
         if not item.shape or not chain.streams(item.shape, item.ops):
-            yield _Piece(item, 0, item.shape[0] if item.shape else 1, partial(self._whole, item, fd))
+            yield _Piece(item, 0, item.shape[0] if item.shape else 1, partial(self._whole, item, fd), item.nbytes)
             return
+        row = prod(item.shape[1:]) * ITEMSIZE[item.dtype]
         values = self._increment(item)
         if values is not None:
             direct = values if isinstance(values, Relative) and item.change is None else None
             for lo, hi in row_blocks(item.shape, _PIECE * self.block):
-                yield _Piece(item, lo, hi, partial(self._added, item, values, fd, lo, hi), direct)
+                yield _Piece(item, lo, hi, partial(self._added, item, values, fd, lo, hi), (hi - lo) * row, direct)
             return
         walked = [op for entry in item.ops for op in entry.walk()]
         raw = {key for op in walked if op.op != chain.SUM and op_named(op.op).raw for key in op.tensor_keys()}
         floats = {key for op in walked for key in op.tensor_keys() if self.tensors[key].dtype in FLOATS} - raw
         fields = Fields(self.tensors, floats if item.dtype != "F64" else ())
         for lo, hi in row_blocks(item.shape, _PIECE * self.block):
-            yield _Piece(item, lo, hi, partial(self._rows, item, fields, fd, lo, hi))
+            yield _Piece(item, lo, hi, partial(self._rows, item, fields, fd, lo, hi), (hi - lo) * row)
 
     def _increment(self, item: _Item) -> Tensor | None:
         """The float32 increment, where that and nothing else is what happens to a tensor in place."""
@@ -629,7 +627,7 @@ def _write_index(base: Base, shards: Sequence[_Shard], folder: Path) -> None:
         metadata["total_parameters"] = sum(prod(item.shape) for shard in shards for item in shard.items)
     weight_map = {item.name: shard.file.name for shard in shards for item in shard.items}
     index = {**index, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / INDEX).write_bytes(msgspec.json.format(msgspec.json.encode(index), indent=2) + b"\n")  # json's own indenting is slow for many tensors
 
 
 def _report(

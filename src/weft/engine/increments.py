@@ -410,12 +410,16 @@ class Increments:
     def _claims(self) -> list[dict[str, Target]]:
         """Every tensor that each update changes. Asks for hashes, so only after the headers have passed."""
         claims: list[dict[str, Target]] = []
+        known: dict[str, Target] = {}
         for model in self._models:
             if isinstance(model, _Update):
                 claims.append({name: Target(name, entry.dtype, entry.shape, entry.base, entry.change) for name, entry in model.entries.items()})
             else:
-                there = {name: model.base.tensors[name] for name in model.changed(self.threads)}
-                claims.append({name: Target(name, t.dtype, t.shape, origin=model.base) for name, t in there.items()})
+                changed = list(model.changed(self.threads))
+                for name in changed:
+                    if name not in known:
+                        known[name] = Target(name, model.base.tensors[name].dtype, model.base.tensors[name].shape, origin=model.base)
+                claims.append({name: known[name] for name in changed})
         if self.base is not None:
             self._add_tied(self.base, claims, {name for each in claims for name in each})
         return claims
@@ -437,7 +441,7 @@ class Increments:
                 if target.dtype not in FLOATS:
                     yield f"{label}: tensor {name!r} is {target.dtype} and differs from the base; only floating-point tensors can be merged"
                 other, who = first.setdefault(name, (target, label))
-                if target.disagrees(other):
+                if target is not other and target.disagrees(other):
                     yield f"tensor {name!r}: {_what(other)} in {who}, {_what(target)} in {label}"
 
     # --- what is there
