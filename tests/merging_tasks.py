@@ -140,6 +140,22 @@ def accuracy(weights: Values, x: np.ndarray, y: np.ndarray) -> float:
     return float((guess.numpy() == y).mean())
 
 
+def increment(start: Values, models: Sequence[Values], method: str, **params: Any) -> Values:
+    """What `weft.merge` makes of fine-tunes."""
+    base, deltas = MemoryBase(start), []
+    for model in models:
+        build = Builder(base)
+        for name, value in model.items():
+            build.put(name, "dense", {"values": value - start[name]})
+        deltas.append(build.done())
+    merged = weft.merge(deltas, method=method, threads=1, **params)
+    return {name: merged.apply(name, np.zeros_like(value)) for name, value in start.items()}
+
+
+def plus(start: Values, change: Values, scale: float = 1.0) -> Values:
+    return {name: value + np.float32(scale) * change[name] for name, value in start.items()}
+
+
 SCALES = (0.01, 0.02, 0.03, 0.04, 0.05, 0.07, 0.1, 0.125, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0)
 """The factors on a merged increment that are tried, for every method alike."""
 
@@ -153,31 +169,17 @@ class Tuned:
     held: tuple[np.ndarray, np.ndarray]
     asked: tuple[np.ndarray, np.ndarray]
 
-    def increment(self, method: str, **params: Any) -> Values:
-        """What `weft.merge` makes of the fine-tunes."""
-        base, deltas = MemoryBase(self.start), []
-        for model in self.models:
-            build = Builder(base)
-            for name, value in model.items():
-                build.put(name, "dense", {"values": value - self.start[name]})
-            deltas.append(build.done())
-        merged = weft.merge(deltas, method=method, threads=1, **params)
-        return {name: merged.apply(name, np.zeros_like(value)) for name, value in self.start.items()}
-
-    def at(self, increment: Values, scale: float = 1.0) -> Values:
-        return {name: value + np.float32(scale) * increment[name] for name, value in self.start.items()}
-
     def searched(self, method: str, choices: Sequence[dict[str, Any]] = ({},)) -> float:
         """The accuracy on `asked` with the parameters out of `choices` and the scale out of `SCALES` that are best on `held`; the first of equals."""
         found = []
         for params in choices:
-            increment = self.increment(method, **params)
-            found += [(accuracy(weights, *self.held), weights) for weights in (self.at(increment, scale) for scale in SCALES)]
+            change = increment(self.start, self.models, method, **params)
+            found += [(accuracy(weights, *self.held), weights) for weights in (plus(self.start, change, scale) for scale in SCALES)]
         return accuracy(max(found, key=lambda each: each[0])[1], *self.asked)
 
     def average(self) -> float:
         """The accuracy on `asked` of the plain average."""
-        return accuracy(self.at(self.increment("linear")), *self.asked)
+        return accuracy(plus(self.start, increment(self.start, self.models, "linear")), *self.asked)
 
 
 def standing(seed: int) -> Tuned:
@@ -208,7 +210,7 @@ def turned(seed: int) -> Tuned:
     ways = [grid, *(np.rot90(grid, turns, (1, 2)) for turns in (1, 2, 3)), 1 - grid, grid[:, :, ::-1], grid[:, ::-1], grid.transpose(0, 2, 1)]
     start = network((64, 128, 10), rng)
     labels = [np.where(rng.random(600) < 0.4, rng.integers(0, 10, 600), y[300:900]) for _ in ways]
-    return _tuned([way.reshape(len(x), 64) for way in ways], y, labels, start, 40, dict(rate=3e-3, batch=8), seed)
+    return _tuned([np.ascontiguousarray(way).reshape(len(x), 64) for way in ways], y, labels, start, 40, dict(rate=3e-3, batch=8), seed)
 
 
 def _tuned(tasks: list[np.ndarray], y: np.ndarray, labels: list[np.ndarray], fresh: Values, known: int, how: dict[str, Any], seed: int) -> Tuned:
@@ -226,14 +228,14 @@ def _tuned(tasks: list[np.ndarray], y: np.ndarray, labels: list[np.ndarray], fre
 
 
 @functools.cache
-def skills() -> tuple[Base, list[Path], list[Rows], list[Rows]]:
+def skills(seed: int = 0) -> tuple[Base, list[Path], list[Rows], list[Rows]]:
     """The microcosm's base, tuned whole on judging reviews and on answering in sentences; 40 rows of each to merge with, 60 to ask about."""
     from weft.demo import edition, microcosm
 
     base, files, folder = Base.open(edition("first")), microcosm.files(), Path(tempfile.mkdtemp(prefix="weft-test-"))
     made, names = [], ("judge", "style")
     for name in names:
-        how: dict[str, Any] = {"method": "full", "steps": 30, "batch_size": 8, "lr": 5e-4, "threads": 1}
+        how: dict[str, Any] = {"method": "full", "steps": 30, "batch_size": 8, "lr": 5e-4, "threads": 1, "seed": seed}
         weft.tune(base, files[f"{name}.train"][:600], out=folder / f"{name}.safetensors", progress=lambda event: None, **how)
         made.append(folder / f"{name}.safetensors")
     return base, made, [files[f"{name}.train"][:40] for name in names], [files[f"{name}.test"][:60] for name in names]
@@ -247,7 +249,15 @@ def merged(models: Increments, merge: Any) -> Delta:
     return build.done()
 
 
-def nll(delta: Delta) -> list[float]:
-    """Of a merge of the two skills: the mean -log p of a token of the right answers of each."""
+def held() -> list[Rows]:
+    """40 rows of each skill that neither is tuned on nor asked about."""
+    from weft.demo import microcosm
+
+    files = microcosm.files()
+    return [files[f"{name}.train"][900:940] for name in ("judge", "style")]
+
+
+def nll(delta: Delta, rows: list[Rows] | None = None) -> list[float]:
+    """Of a merge of the two skills: the mean -log p of a token of the right answers of each, on what `skills` asks if no rows are given."""
     base, _, _, asked = skills()
-    return [weft.evaluate(base, [delta], rows, batch_size=60)["metrics"]["nll"] for rows in asked]
+    return [weft.evaluate(base, [delta], each, batch_size=60)["metrics"]["nll"] for each in rows or asked]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import weft
+from tests import merging_tasks
 from tests.test_merge import SHAPES, exact_delta, family, lora, product, same, slow_sum, taus_of, values_of, write_checkpoint  # noqa: F401
 from weft.base import Base
 from weft.delta import Builder
@@ -157,3 +158,24 @@ def test_wrong_use(family, tmp_path):  # noqa: F811
     broken = {**tuned[0], "norm.weight": np.full(6, np.nan).astype(ml_dtypes.bfloat16)}
     with pytest.raises(InputError, match=r"'norm.weight': the increment is NaN or infinite at 6 entries"):
         weft.merge([write_checkpoint(tmp_path / "nan", broken)], base, "model-breadcrumbs", out=tmp_path / "never.safetensors")
+
+
+# --- what the paper claims: of many models more is left than in their average
+
+
+@pytest.mark.slow
+def test_eight_noisy_fine_tunes_are_merged_better_than_by_averaging():
+    """With the shares and the scale searched for on held-out digits. Accuracy, the mean of five seeds and its standard error: 0.660 +- 0.027, the plain
+    average 0.607 +- 0.035 (seeds differ in their bases: the gain is 0.053 +- 0.013), the base 0.647.
+
+    Most of that is the scale. The average with one of its own, searched for alike (task arithmetic), has 0.660 too; on five more seeds that were tried
+    it was 0.639 where this had 0.647, and better on one of them. No setting was found where the masks themselves win on all seeds: tasks that
+    share all pixels, labels with and without noise, burnt pixels, Adam and plain descent. In `merging_tasks.standing` they lose
+    (0.323 to 0.365), as what a task learns there is the largest entries.
+    """
+    choices = [{"density": density, "top": top} for density in (0.05, 0.1, 0.2, 0.4, 0.8) for top in (0.01, 0.02, 0.05, 0.1)]
+    gains = []
+    for seed in range(5):
+        tasks = merging_tasks.turned(seed)
+        gains.append(tasks.searched("model-breadcrumbs", choices) - tasks.average())
+    assert min(gains) > 0 and np.mean(gains) > 0.02, gains

@@ -11,6 +11,7 @@ import torch
 from sklearn.datasets import load_digits
 
 import weft
+from tests import merging_tasks
 from tests.test_merge import TARGETS, base_values, family, lora, same, taus_of, tuned_values, values_of, write_checkpoint
 from weft.base import Base
 from weft.delta import Builder
@@ -245,3 +246,18 @@ def digits(folder: Path, seed: int) -> list[float]:
         return float(np.mean([(guess == y)[task & tested].float().mean() for task in tasks]))
 
     return [accuracy("pcb-merging"), accuracy("ties"), accuracy("ties", density=0.1), accuracy("task-arithmetic")]
+
+
+@pytest.mark.slow
+def test_eight_tasks_are_kept_better_than_by_averaging():
+    """With the density and the scale searched for on held-out digits, against the plain average and the average with a scale of its own, searched for
+    alike (that is task arithmetic). Accuracy, the mean of five seeds and its standard error: pcb-merging 0.470 +- 0.003, task arithmetic
+    0.365 +- 0.006, the plain average 0.294 +- 0.007, the base 0.227; each fine-tune on its own task 0.72. On the next five seeds that were
+    tried, 0.466, 0.365 and 0.295, none of them otherwise. The setting is one in which the average fails, picked for that: where the tasks
+    share all pixels (`merging_tasks.turned` with good labels) the three are within 0.02. ties, searched for alike, is better here: 0.492 +- 0.005.
+    """
+    for seed in range(5):
+        tasks = merging_tasks.standing(seed)
+        pcb = tasks.searched("pcb-merging", [{"density": density} for density in (0.05, 0.1, 0.2, 0.4, 0.8)])
+        assert pcb > tasks.searched("task-arithmetic") + 0.05, seed
+        assert pcb > tasks.average() + 0.1, seed

@@ -1,0 +1,206 @@
+"""Tuning steps of LoRA, side by side with HF PEFT: CPU time a step, forward, attaching, and peak memory.
+
+    python bench/tune.py [--steps 9] [--threads 1] [--dtypes float32 bfloat16] [--attention eager] [--medium] [--small] [--json]
+
+A random Llama of 97M parameters (12 layers of width 768), batches of 4 x 256 tokens, LoRA of rank 8 on all seven linear layers of each block, the same
+start for both, AdamW. Each contender has a model of its own, and their steps take turns in one process, so that whatever else the machine does
+hurts both; figures are medians. `bare` is the model's own forward and the full tuning step. `floor`: the same matrix products by themselves,
+those of a forward and of the gradient by the activations (4 N T operations), measured in the same turns.
+
+Peak memory comes from a process for each contender: the largest resident set in three steps, less that before the delta was attached.
+--medium: float32 products as torch.set_float32_matmul_precision("medium") does them, with the error of one product printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+ROWS, TOKENS, RANK, ALPHA = 4, 256, 8, 16.0
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def build(args: argparse.Namespace, dtype: str) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    width, layers = (128, 2) if args.small else (768, 12)
+    config = LlamaConfig(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        intermediate_size=width * 8 // 3,
+        vocab_size=8000,
+        attn_implementation=args.attention,
+    )
+    return LlamaForCausalLM(config).to(getattr(torch, dtype))
+
+
+def weft_step(model: nn.Module) -> tuple[Callable[[], None], list[nn.Parameter]]:
+    """Attach a fresh LoRA delta; also how to take it off."""
+    from weft.attaching import attach, detach
+    from weft.base import Base
+    from weft.delta import Builder
+    from weft.ops import Generator, lowrank
+
+    base = Base.of(model)
+    build = Builder(base)
+    gen = Generator(0)
+    for name in base.names:
+        if name.split(".")[-2] in LINEAR:
+            build.put(name, "lowrank", lowrank.OP.init(base.tensor(name).shape, gen, rank=RANK), scale=ALPHA / RANK)
+    handle = attach(model, build.done(), base=base, trainable=True)
+    return lambda: detach(model, handle), handle.parameters()
+
+
+def peft_step(model: nn.Module) -> tuple[Callable[[], None], list[nn.Parameter]]:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(LINEAR), task_type=None), model)
+    found = [p for name, p in model.named_parameters() if "lora_" in name]
+    if next(model.parameters()).dtype == torch.bfloat16:  # get_peft_model's default: adapters of 16-bit models are float32
+        for p in found:
+            p.data = p.data.float()
+    return lambda: None, found
+
+
+CONTENDERS: dict[str, Callable[[nn.Module], tuple[Callable[[], None], list[nn.Parameter]]]] = {"weft": weft_step, "peft": peft_step}
+
+
+class Runner:
+    """A contender: its model, what it trains and its optimizer."""
+
+    def __init__(self, name: str, args: argparse.Namespace, dtype: str) -> None:
+        self.model = build(args, dtype)
+        for p in self.model.parameters():
+            p.requires_grad_(name == "bare")
+        begin = time.process_time()
+        trained = list(self.model.parameters()) if name == "bare" else CONTENDERS[name](self.model)[1]
+        self.attach_ms = (time.process_time() - begin) * 1e3
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-3)
+        self.ids = torch.randint(8000, (ROWS, TOKENS), generator=torch.Generator().manual_seed(1))
+        self.model.train()
+
+    def step(self) -> float:
+        begin = time.process_time()
+        loss = self.model(input_ids=self.ids, labels=self.ids).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss = float(loss.detach())
+        return (time.process_time() - begin) * 1e3
+
+    def forward(self) -> float:
+        begin = time.process_time()
+        with torch.no_grad():
+            self.model(input_ids=self.ids)
+        return (time.process_time() - begin) * 1e3
+
+
+class Floor:
+    """The products of all linear layers of a step: forward, and the gradient by the activations."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.weights = [m.weight.detach() for m in model.modules() if isinstance(m, nn.Linear)]
+        self.inputs = {n: torch.randn(ROWS * TOKENS, n).to(self.weights[0].dtype) for w in self.weights for n in w.shape}
+
+    def step(self) -> float:
+        begin = time.process_time()
+        for w in self.weights:
+            F.linear(self.inputs[w.shape[1]], w)
+            self.inputs[w.shape[0]] @ w
+        return (time.process_time() - begin) * 1e3
+
+
+def memory(name: str, args: argparse.Namespace, dtype: str) -> float:
+    """MiB above the model, from a process of its own."""
+    flags = [f"--threads={args.threads}", f"--attention={args.attention}", *["--small"] * args.small, *["--medium"] * args.medium]
+    run = [sys.executable, __file__, "--peak", name, "--dtypes", dtype, *flags]
+    return float(subprocess.run(run, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def peak(name: str, args: argparse.Namespace, dtype: str) -> None:
+    before = build(args, dtype)
+    with torch.no_grad():  # what libraries keep for themselves after a first call is nobody's delta
+        before(input_ids=torch.zeros((1, 8), dtype=torch.long))
+    del before
+    import peft  # noqa: F401
+    import weft.attaching  # noqa: F401
+
+    model_size = sum(p.nbytes for p in build(args, dtype).parameters()) / 2**20
+    resident = _status("VmRSS:")
+    runner = Runner(name, args, dtype)
+    Path("/proc/self/clear_refs").write_text("5")  # the largest resident set from here on
+    for _ in range(3):
+        runner.step()
+    print(_status("VmHWM:") - resident - model_size)
+
+
+def _status(key: str) -> float:
+    return next(int(line.split()[1]) / 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+
+
+def compare(args: argparse.Namespace, dtype: str) -> list[dict[str, Any]]:
+    runners = {name: Runner(name, args, dtype) for name in ("bare", *CONTENDERS)}
+    floor = Floor(runners["bare"].model)
+    times: dict[str, list[float]] = {name: [] for name in (*runners, "floor")}
+    forwards: dict[str, list[float]] = {name: [] for name in runners}
+    for _ in range(args.steps + 1):
+        for name, runner in runners.items():
+            times[name].append(runner.step())
+            forwards[name].append(runner.forward())
+        times["floor"].append(floor.step())
+    step = {name: statistics.median(each[1:]) for name, each in times.items()}
+    ahead = {name: statistics.median(each[1:]) for name, each in forwards.items()}
+    rows = []
+    for name in runners:
+        row = {"dtype": dtype, "tool": name, "step_ms": round(step[name]), "of_floor": round(step[name] / step["floor"], 2)}
+        row |= {"forward_ms": round(ahead[name]), "forward_overhead": round(ahead[name] / ahead["bare"] - 1, 3)}
+        row |= {"peak_mib": round(memory(name, args, dtype)), "attach_ms": round(runners[name].attach_ms), "loss": round(runners[name].loss, 4)}
+        rows.append(row | {"faster_than_peft": round(step["peft"] / step[name], 2)})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--attention", default="eager")
+    parser.add_argument("--medium", action="store_true")
+    parser.add_argument("--small", action="store_true", help="a model of two narrow layers, to try the script")
+    parser.add_argument("--peak", choices=["bare", *CONTENDERS], help=argparse.SUPPRESS)
+    parser.add_argument("--json", action="store_true", help="JSON lines instead of a table")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.medium:
+        a, b = torch.randn(512, 768), torch.randn(768, 512)
+        torch.set_float32_matmul_precision("medium")
+        exact = a.double() @ b.double()
+        if not args.peak:
+            print(f"relative error of a float32 product: {float((a @ b - exact).norm() / exact.norm()):.1e}", file=sys.stderr)
+    if args.peak:
+        peak(args.peak, args, args.dtypes[0])
+        return
+    rows = [row for dtype in args.dtypes for row in compare(args, dtype)]
+    if args.json:
+        print("\n".join(map(json.dumps, rows)))
+        return
+    print("| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")
+    for row in rows:
+        print("| " + " | ".join(map(str, row.values())) + " |")
+
+
+if __name__ == "__main__":
+    main()
