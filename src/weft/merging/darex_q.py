@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
     from ..engine.increments import Increments, Target
     from ._data import Study
+    from ._depth import Settings
 
     Array = np.ndarray[Any, Any]
 
@@ -77,6 +78,7 @@ class DarexQState:
     config=DarexQConfig,
     paper="Deng et al., 2024, arXiv:2410.09344",
     formula="theta = theta_0 + scale sum_i w_i m_i tau_i / q_i, m_i ~ Bernoulli(1 - p)",
+    varies=("drop", "q", "scale"),
 )
 class DarexQ(DataMethod[DarexQConfig]):
     """Drop entries of each increment at random, rescale the others as little as is good."""
@@ -84,18 +86,24 @@ class DarexQ(DataMethod[DarexQConfig]):
     def looks(self, cfg: DarexQConfig) -> bool:
         return cfg.q is None
 
+    def fixed(self, cfg: DarexQConfig) -> dict[str, str]:
+        return {"drop": "q is found by what is left of the whole model; give q"} if cfg.q is None else {}
+
     def weighted(self, cfg: DarexQConfig) -> bool:
         return cfg.drop == 0 and cfg.q is not None
 
     def coefficients(self, weights: Sequence[float], cfg: DarexQConfig, state: DarexQState, target: Target) -> list[float]:
         return [cfg.scale / q * w for w, q in zip(weights, state.q[target.name], strict=True)]
 
-    def prepare(self, models: Increments, weights: Sequence[float], cfg: DarexQConfig) -> DarexQState:
-        return DarexQState(mask_keys(models, cfg.seed), {name: [cfg.q or share_left(cfg.drop)] * len(weights) for name in models.targets})
+    def prepare(self, models: Increments, settings: Settings[DarexQConfig]) -> DarexQState:
+        here = {name: settings.at(target).cfg for name, target in models.targets.items()}
+        q = {name: [cfg.q or share_left(cfg.drop)] * len(models.updates) for name, cfg in here.items()}
+        return DarexQState(mask_keys(models, settings.whole.cfg.seed), q)
 
-    def measure(self, study: Study, weights: Sequence[float], cfg: DarexQConfig) -> DarexQState:
+    def measure(self, study: Study, settings: Settings[DarexQConfig]) -> DarexQState:
         from ._thinned import found_q
 
+        weights, cfg = settings.whole
         keys = mask_keys(study.models, cfg.seed)
         each = [found_q(study, number, cfg, {name: several[number] for name, several in keys.items()}) for number in range(len(weights))]
         return DarexQState(keys, {name: [q[name] for q in each] for name in keys}, True)
