@@ -54,7 +54,7 @@ def layer(name: str) -> tuple[str, int] | None:
 
 
 def before_layers(name: str) -> bool:
-    """Whether a tensor outside the layers comes before them: those that the tables of roles have as embeddings, and whatever is in an "embedder" or the like."""
+    """Whether a tensor outside the layers comes before them: what the tables of roles have as embeddings, and all that "embedd..." is said of."""
     return "embedd" in name or f".{name}".removesuffix(".weight").removesuffix(".bias").endswith(_BEFORE)
 
 

@@ -78,7 +78,7 @@ class DarexQState:
     config=DarexQConfig,
     paper="Deng et al., 2024, arXiv:2410.09344",
     formula="theta = theta_0 + scale sum_i w_i m_i tau_i / q_i, m_i ~ Bernoulli(1 - p)",
-    varies=("drop", "q", "scale"),
+    varies=("drop", "q", "eta", "scale"),
 )
 class DarexQ(DataMethod[DarexQConfig]):
     """Drop entries of each increment at random, rescale the others as little as is good."""
@@ -87,7 +87,7 @@ class DarexQ(DataMethod[DarexQConfig]):
         return cfg.q is None
 
     def fixed(self, cfg: DarexQConfig) -> dict[str, str]:
-        return {"drop": "q is found by what is left of the whole model; give q"} if cfg.q is None else {}
+        return {"drop": "one q is sought for it; give q, or find=analytic"} if cfg.q is None and cfg.find == "output" else {}
 
     def weighted(self, cfg: DarexQConfig) -> bool:
         return cfg.drop == 0 and cfg.q is not None
@@ -103,9 +103,9 @@ class DarexQ(DataMethod[DarexQConfig]):
     def measure(self, study: Study, settings: Settings[DarexQConfig]) -> DarexQState:
         from ._thinned import found_q
 
-        weights, cfg = settings.whole
-        keys = mask_keys(study.models, cfg.seed)
-        each = [found_q(study, number, cfg, {name: several[number] for name, several in keys.items()}) for number in range(len(weights))]
+        keys = mask_keys(study.models, settings.whole.cfg.seed)
+        count = len(study.models.updates)
+        each = [found_q(study, number, settings, {name: several[number] for name, several in keys.items()}) for number in range(count)]
         return DarexQState(keys, {name: [q[name] for q in each] for name in keys}, True)
 
     def combination(self, weights: Sequence[float], cfg: DarexQConfig, state: DarexQState, target: Target) -> Combination:
