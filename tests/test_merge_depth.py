@@ -168,6 +168,35 @@ def test_ties_over_the_whole_model_takes_scales(family: Any) -> None:
     both_ways(ckpts, base, "ties", {name: each[place_of(name)][name] for name in each[0]}, scale=[0.25, 1.0, 0.5])
 
 
+def test_the_majority_counts_votes_as_each_layer_has_them(tmp_path: Path) -> None:
+    """Where models cancel exactly, the sign is that of more entries of the whole model; here most are in the second layer."""
+    first, rest = np.array([[1.0, 2.0]], np.float32), np.full((20, 3), 1.0, np.float32)
+    base = write_checkpoint(tmp_path / "base", {f"layers.{k}.a.weight": np.zeros_like(w) for k, w in enumerate((first, rest))})
+    both = [{"layers.0.a.weight": first * [sign, 1], "layers.1.a.weight": rest} for sign in (1, -1)]
+    ckpts = [write_checkpoint(tmp_path / f"t{k}", {name: w.astype(np.float32) for name, w in values.items()}) for k, values in enumerate(both)]
+
+    def cancelled(method: str, **options: Any) -> float:
+        return float(values_of(weft.merge(ckpts, base, method, **options))["layers.0.a.weight"][0, 0])
+
+    ties: dict[str, Any] = {"density": 1.0, "elect_weighted": True}
+    assert (cancelled("ties", **ties), cancelled("ties", **ties, weights=[[1, -1], [1, -1]])) == (1, -1)
+    for w in both:
+        w["layers.1.a.weight"] = -rest
+    ckpts = [write_checkpoint(tmp_path / f"m{k}", {name: w.astype(np.float32) for name, w in values.items()}) for k, values in enumerate(both)]
+    assert (cancelled("dare", signs="mass", drop=0), cancelled("dare", signs="mass", drop=[0, 0.9999])) == (-1, 1)
+
+
+def test_opcm_is_as_long_as_its_models(family: Any) -> None:
+    base, _, taus, ckpts = family
+    merged = weft.merge(ckpts, base, "opcm", alpha=[0.0, 0.5, 1.0])
+    (scale,) = {entry.ops[0].cfg["scale"] for entry in merged.entries.values()}
+
+    def length(values: Values) -> float:
+        return float(np.sqrt(sum(np.square(each.astype(np.float64)).sum() for each in values.values())))
+
+    assert scale * length(values_of(merged)) == pytest.approx(np.mean([length(tau) for tau in taus]), rel=1e-9)
+
+
 def test_dare(family: Any) -> None:
     base, _, taus, ckpts = family
     drop, scale = spread(0.0, 0.25, 0.75), spread(1.0, 0.5, 2.0)
@@ -318,17 +347,18 @@ def test_shards_and_checkpoints(family: Any, tmp_path: Path, method: str, option
 
 
 def test_copies_of_a_tied_matrix_stay_equal(tmp_path: Path) -> None:
-    """Also where the layers' norms have the same bytes: these are no copies of each other."""
+    """And norms that have the same bytes are no copies of each other."""
     rng = np.random.default_rng(2)
     start = {name: rng.standard_normal(shape).astype(dtype) for name, (shape, dtype) in SHAPES.items()}
     start |= {name: np.ones_like(w) for name, w in start.items() if name.endswith("norm.weight")}
-    start["lm_head.weight"] = start["model.embed_tokens.weight"]
+    start |= {"lm_head.weight": start["model.embed_tokens.weight"], "model.embeddings.LayerNorm.weight": start["model.norm.weight"]}
     tuned = {name: (w.astype(np.float64) + 1).astype(w.dtype) for name, w in start.items()}
     base = write_checkpoint(tmp_path / "base", start)
     got = values_of(weft.merge([write_checkpoint(tmp_path / "tuned", tuned)], base, scale=[0.25, 1.0]))
     assert got["lm_head.weight"].tobytes() == got["model.embed_tokens.weight"].tobytes()
-    assert {name: float(got[name].flat[0]) for name in got if name.endswith("norm.weight")} == {
+    assert {name: float(got[name].flat[0]) for name in got if name.lower().endswith("norm.weight")} == {
         "model.norm.weight": 1.0,
+        "model.embeddings.LayerNorm.weight": 0.25,
         **{f"model.layers.{k}.norm.weight": pytest.approx(0.25 + 0.75 * k / 4) for k in range(LAYERS)},
     }
     build = Builder(base)  # of the head alone, by a delta that knows what else the head is

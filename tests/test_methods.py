@@ -257,6 +257,9 @@ def test_the_decorator_refuses() -> None:
     def silent() -> None: ...
 
     here = f"{__name__}.test_the_decorator_refuses.<locals>."
+    with pytest.raises(UsageError) as caught:
+        method("merge", config=get("merge", "ties").config, varies=("scale", "densty"))(run)
+    assert str(caught.value) == f"{here}run: 'densty' is said to vary and is no option of it; did you mean 'density'?"
     for config in (Loose, Open, dict):
         with pytest.raises(UsageError) as caught:
             method("merge", config=config)(run)  # type: ignore[arg-type]

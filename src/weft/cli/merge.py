@@ -63,6 +63,9 @@ def command(
 ) -> None:
     """Merge deltas and checkpoints (X) of one base into one delta, or straight into a checkpoint.
 
+    Weights, and the options of which `weft methods merge` says so, may be lists over depth: -p scale=0.2,0.5,1 is 0.2 in the first layer,
+    0.5 in the middle, 1 in the last, and on straight lines between.
+
     \b
     Example:
       weft merge trec.safetensors subj.safetensors --method ties -p density=0.2 --base path/to/model -o both.safetensors

@@ -65,12 +65,12 @@ def merge(
     """Merge deltas and checkpoints into one delta, or straight into a checkpoint.
 
     inputs:  deltas (`Delta`, or paths of their files) and checkpoints (`Base`, paths, Hub ids), in any mix
-    base:    the base that all belong to; needed for checkpoints, for `into`, and where a change depends on the base's
-             values and the method is not a weighted sum
+    base:    the base that all belong to; needed for checkpoints, for `into`, for lists over depth, and where a change
+             depends on the base's values and the method is not a weighted sum
     method:  a name from `weft methods merge`; `params` are its options
     weights: one number for each input; what they do and what they are by default is the method's business. A weight, and every option of
              which the catalogue says so, may be a list of numbers over depth: the first is that of the first layer, the last of the last,
-             the others lie evenly between, on straight lines (`weft.merging._depth`; needs the base, which says how many layers there are)
+             the others lie evenly between, on straight lines (`weft.merging._depth`)
     out:     a .safetensors file to write the merged delta to
     into:    a folder to write base + merged delta to, without a delta file
     on:      deltas that inputs were made over, if they are no inputs themselves; the result is then made over them too

@@ -68,8 +68,7 @@ class Depth:
         self._last: dict[str, int] = {}
         for stack, number in filter(None, map(layer, names)):
             self._last[stack] = max(number, self._last.get(stack, 0))
-        outside = [[name for name in group if layer(name) is None] for group in tied]
-        self._first = {name for group in outside if any(map(before_layers, group)) for name in group}
+        self._first = {name for group in tied if any(map(before_layers, group)) for name in group}
 
     @classmethod
     def of(cls, models: Increments) -> Depth:

@@ -16,6 +16,8 @@ analytic  one q for each linear layer, from the mean of its inputs, by the small
           bound has a parameter `eta`; if that is none, the one of 0.01 to 10 with the smallest change of the model's output. Tensors that are
           no linear layer of the model's blocks (norms, biases, embeddings, heads) take the mean of the layers' q, as in the paper.
 
+Over depth, q, drop and eta may vary; not drop with `output`, where one q is found for all tensors. No q that is found is below 1 - p of its tensor.
+
 What was found is the blob `darex-q` of the result: JSON, for each tensor one q a model.
 
 Not followed: the authors' code doesn't make the bound small but looks for the q with which eta (1-(1-p)/q) S1 + eta^2 Phi S2/(4 q^2) +

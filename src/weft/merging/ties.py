@@ -4,9 +4,9 @@ Yadav et al. 2023, arXiv 2306.01708. For models i = 1..n with increments tau_i a
 
 1. Trim. t_i keeps the entries of tau_i with |tau_i| >= h_i and is 0 elsewhere, where h_i is the k-th largest magnitude,
    k = max(1, floor(density * d)). d counts the entries of all tensors that model i changes (trim = "global", as in the
-   paper) or of the one tensor at hand (trim = "tensor"). Entries exactly as large as h_i are all kept, so ties at the
-   threshold can make it a few more than k. (The authors' code keeps the (k + 1)-th as well.) Magnitudes of F64 tensors are
-   compared as float32.
+   paper) or of the one tensor at hand (trim = "tensor", and only then may density vary over depth). Entries exactly as
+   large as h_i are all kept, so ties at the threshold can make it a few more than k. (The authors' code keeps the
+   (k + 1)-th as well.) Magnitudes of F64 tensors are compared as float32.
 2. Elect. m = sum_i t_i (elect = "mass") or sum_i sign(t_i) (elect = "count"); the sign is plus where m > 0 and minus where
    m < 0. Where m = 0 (the models cancel exactly, or changed nothing) it is the sign of the majority: plus if m > 0 at
    more entries of the whole model than m < 0, else minus. `elect_weighted` uses w_i t_i in place of t_i, here and below.
