@@ -470,7 +470,7 @@ def test_heads_and_single_modules_are_no_layers() -> None:
         ("ties", {"scale": [0.5, None]}, "scale: expected float (each), got [0.5, None]"),
         ("ties", {"scale": [0.5, float("nan")]}, "scale: expected float (each), got [0.5, nan]"),
         ("ties", {"normalize": [True, False]}, "normalize: expected bool, got [True, False]"),
-        ("dare", {"seed": [1, 2]}, "seed: it belongs to the whole model, so it is one number\n  try: what may be a list here: drop, scale, weights"),
+        ("dare", {"seed": [1, 2]}, "seed: it belongs to the whole model, so it is one number\n  try: what may be a list here: drop, scale"),
         ("pcb-merging", {"density": [0.1, 0.2]}, "density: it belongs to the whole model"),
         ("darex-q", {"drop": [0.1, 0.2]}, "drop: it belongs to the whole model, so it is one number (one q is sought for it; give q, or find=analytic)"),
         ("atlas", {"lr": [0.1, 0.2], "steps": "1,2"}, "lr: it belongs to the whole model, so it is one number\n  - steps: it belongs to the whole model"),

@@ -123,6 +123,7 @@ class Settings(Generic[C]):
         self._weights, self._lists, self._depth = [_read(w) for w in weights], lists or {}, depth
         self.whole = Setting([_between(w, Fraction(0)) for w in self._weights], cfg)
         self._known: dict[Fraction, Setting[C]] = {}
+        self._found: dict[str, Setting[C]] = {}
 
     @property
     def varies(self) -> bool:
@@ -135,7 +136,11 @@ class Settings(Generic[C]):
 
     def at(self, target: Target) -> Setting[C]:
         """The weights and options of one tensor."""
-        return self._at(self._depth.place(target.name)) if self._depth is not None else self.whole
+        if self._depth is None:
+            return self.whole
+        if target.name not in self._found:
+            self._found[target.name] = self._at(self._depth.place(target.name))
+        return self._found[target.name]
 
     def _at(self, place: Fraction) -> Setting[C]:
         if place not in self._known:
@@ -165,7 +170,9 @@ def asked(method: str, record: Method, rule: MergeMethod[Any], weights: Sequence
     whole = [name for name in lists if name not in can]
     if whole:
         problems = [f"{name}: it belongs to the whole model, so it is one number" + (f" ({fixed[name]})" if name in fixed else "") for name in whole]
-        raise UsageError(f"{where}: not every option varies over depth", problems=problems, hint=f"what may be a list here: {', '.join([*can, 'weights'])}")
+        raise UsageError(
+            f"{where}: not every option varies over depth", problems=problems, hint=f"what may be a list here: {', '.join(can)}" if can else "one number"
+        )
     used = [_read(w) for w in ([rule.default_weight(count)] * count if weights is None else weights)]
     every = [(number, w if isinstance(w, list) else [w]) for number, w in enumerate(used, 1)]
     problems = [f"weight {number} is {w}" for number, several in every for w in several if not isfinite(w)]
