@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Meta
 
-from weft.config import Option, as_dict, assign, make, options, plain, read_yaml, schema
+from weft.config import Option, as_dict, assign, make, make_lists, options, plain, read_yaml, schema
 from weft.errors import UsageError
 
 
@@ -221,6 +221,28 @@ def test_a_type_that_no_text_can_give(kind: Any) -> None:
     with pytest.raises(UsageError) as caught:
         options(config)
     assert str(caught.value) == f"Odd.field: options cannot have the type {msgspec.structs.fields(config)[0].type!r}"
+
+
+@pytest.mark.parametrize(
+    ("given", "lists"),
+    [("1,2", [1.0, 2.0]), ("[1, 0.5]", [1.0, 0.5]), ([0, 1], [0.0, 1.0]), ((0.5,), [0.5]), ("0.5", None), (0.5, None), ("none", None)],
+)
+def test_lists_of_numbers_for_an_option_of_one_number(given: Any, lists: list[float] | None) -> None:
+    class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+        share: Annotated[float, Meta(ge=0, le=2)] | None = None
+        names: tuple[str, ...] = ()
+        count: int = 1
+
+    made, found = make_lists(Config, {"share": given, "names": "a,b", "count": "1,2"}, "here")
+    assert found == ({} if lists is None else {"share": lists}) | {"count": [1, 2]}
+    assert made.share == (lists[0] if lists else None if given == "none" else 0.5)
+    assert (made.names, made.count) == (("a", "b"), 1)
+    for wrong in ("1,3", "1,x", "none,1", "[]", [1, None], ["1", "2"], [True, 1.0]):
+        with pytest.raises(UsageError) as caught:
+            make_lists(Config, {"share": wrong}, "here")
+        assert f"share: expected float >= 0 and <= 2 or none (each), got {wrong!r}" in str(caught.value)
+    with pytest.raises(UsageError, match="got '1,2'"):
+        make(Config, {"share": "1,2"}, "here")
 
 
 def test_schema() -> None:

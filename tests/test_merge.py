@@ -560,7 +560,7 @@ class Directions(MergeMethod[DropConfig]):
 
     whole = True
 
-    def prepare(self, models, weights, cfg):
+    def prepare(self, models, settings):
         return models.labels
 
     def merge(self, taus, weights, cfg, state, block):

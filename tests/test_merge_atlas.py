@@ -16,6 +16,7 @@ from weft.base import Base
 from weft.engine.increments import Increments
 from weft.errors import InputError, UsageError
 from weft.merging._data import Study
+from weft.merging._depth import Settings
 from weft.merging._learned import Goal, Mixture, Spread
 from weft.merging.atlas import Atlas, AtlasConfig
 
@@ -26,7 +27,7 @@ def study_of(family: merging_tasks.Family, data: Any = None, **options: Any) -> 
 
 def mixture_of(study: Study, seed: int = 0) -> Mixture:
     """A mixture with a coefficient for each tensor and model, at random."""
-    mixture = Mixture(study, {name: Spread(name) for name in study.models.targets}, 0.0)
+    mixture = Mixture(study, {name: Spread(name, 0.0) for name in study.models.targets})
     rng = np.random.default_rng(seed)
     with torch.no_grad():
         for scales in mixture.scales.values():
@@ -73,8 +74,8 @@ def test_gradients_are_inner_products_of_gradients_and_increments(tmp_path: Path
 def test_nothing_but_the_coefficients_is_trained_or_changed(tmp_path: Path) -> None:
     study = study_of(merging_tasks.languages(tmp_path))
     before = {name: value.clone() for name, value in study.model.state_dict().items()}
-    assert list(Mixture(study, {name: Spread(name) for name in study.models.targets}, 0.5).parameters()) == []
-    state = Atlas().measure(study, [1, 1], AtlasConfig(steps=3))
+    assert list(Mixture(study, {name: Spread(name, 0.5) for name in study.models.targets}).parameters()) == []
+    state = Atlas().measure(study, Settings([1, 1], AtlasConfig(steps=3)))
     assert {name: len(c) for name, c in state.items()} == dict.fromkeys(study.models.targets, 2)
     assert all(torch.equal(before[name], value) for name, value in study.model.state_dict().items())
     assert not study.model.training and all(p.grad is None and not p.requires_grad for p in study.model.parameters())
@@ -97,7 +98,7 @@ def test_equal_coefficients_are_task_arithmetic(tmp_path: Path) -> None:
 def test_learned_coefficients_are_those_of_the_ops(tmp_path: Path) -> None:
     family = merging_tasks.classifiers(tmp_path)
     study = study_of(family)
-    state = Atlas().measure(study, [1, 1], AtlasConfig(steps=4, lr=0.1))
+    state = Atlas().measure(study, Settings([1, 1], AtlasConfig(steps=4, lr=0.1)))
     merged = weft.merge(family.updates, family.base, "atlas", data=family.data, on=family.on, steps=4, lr=0.1)
     for name, entry in merged.entries.items():
         scales = [op.cfg.get("scale", 1.0) for op in entry.ops]
@@ -137,7 +138,7 @@ def test_tied_copies_share_a_coefficient(tmp_path: Path) -> None:
     got = Base.open(tmp_path / "into")
     assert got.tensor("lm_head.weight").sha256 == got.tensor("transformer.wte.weight").sha256 != base.tensor("lm_head.weight").sha256
     study = Study(Increments([Base.open(tmp_path / "tuned")], base), [rows])
-    mixture = Mixture(study, {name: Spread("one") for name in study.models.targets}, 1.0)  # added once, not once for each copy
+    mixture = Mixture(study, {name: Spread("one", 1.0) for name in study.models.targets})  # added once, not once for each copy
     (w,) = mixture.weights().values()
     np.testing.assert_allclose(w.detach().numpy(), Base.open(tmp_path / "tuned").tensor("lm_head.weight").read(), atol=1e-6)
 
@@ -165,8 +166,8 @@ def test_training_lowers_what_it_is_to_lower(tmp_path: Path) -> None:
         goal = Goal(study_of(family), entropy)
         how = {"objective": "entropy"} if entropy else {}
         for steps in (0, 30):
-            state = Atlas().measure(study if entropy else study_of(family), [1, 1], AtlasConfig(steps=steps, lr=0.05, **how))
-            mixture = Mixture(study, {name: Spread(name) for name in state}, 0.0)
+            state = Atlas().measure(study if entropy else study_of(family), Settings([1, 1], AtlasConfig(steps=steps, lr=0.05, **how)))
+            mixture = Mixture(study, {name: Spread(name, 0.0) for name in state})
             with torch.no_grad():
                 for name, scales in mixture.scales.items():
                     scales[:, 0] = torch.tensor(state[name])

@@ -174,7 +174,7 @@ def test_experts_that_are_stored_apart_and_live_as_one(tmp_path: Path) -> None:
     study = Study(Increments([delta], base), [[{"text": "the river is"}]])
     live = study.parameters()
     assert len(live) == 3 < len(study.models.targets) == 4
-    mixture = Mixture(study, {name: Spread(name) for name in study.models.targets}, 1.0)
+    mixture = Mixture(study, {name: Spread(name, 1.0) for name in study.models.targets})
     weft.fold(base, [delta], tmp_path / "folded")
     want = Base.open(tmp_path / "folded").model().state_dict()
     for name, value in mixture.weights().items():

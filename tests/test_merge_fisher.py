@@ -18,6 +18,7 @@ from weft.delta import Builder, Delta
 from weft.engine.increments import Increments
 from weft.errors import InputError, UsageError
 from weft.merging._data import Study
+from weft.merging._depth import Settings
 from weft.merging.fisher import Fisher, FisherConfig, diagonal
 
 Family = merging_tasks.Family
@@ -157,7 +158,7 @@ def test_half_precision(tmp_path: Path) -> None:
     deltas = [merging_tasks.updated(base, seed, ("ln_f.weight", "c_attn.weight"), size=1.0) for seed in (1, 2)]
     study = Study(Increments(deltas, base), [[{"text": "the river is good"}]] * 2)
     assert study.model.dtype == torch.bfloat16
-    state = Fisher().measure(study, [1, 1], FisherConfig(labels="data"))
+    state = Fisher().measure(study, Settings([1, 1], FisherConfig(labels="data")))
     assert state.spool.read(0, "transformer.ln_f.weight").dtype == np.float32
     got = values_of(weft.merge(deltas, base, "fisher", data=[{"text": "the river is good"}], labels="data"))
     low, high = (np.minimum, np.maximum)
@@ -189,7 +190,7 @@ def test_two_skills_are_kept_better_than_by_averaging() -> None:
     looking at these scores: the claim is that such weights exist, not that they are easy to find."""
     base, tuned, data, _ = merging_tasks.skills()
     models, cfg = Increments([Delta.load(path) for path in tuned], base), FisherConfig()
-    state = Fisher().measure(Study(models, data), [1, 1], cfg)
+    state = Fisher().measure(Study(models, data), Settings([1, 1], cfg))
     for weight, share in ((16.0, 0.35), (64.0, 0.65)):
         fisher = merging_tasks.nll(merging_tasks.merged(models, lambda taus, block, w=weight: Fisher().merge(taus, [w, 1.0], cfg, state, block)))
         average = merging_tasks.nll(merging_tasks.merged(models, lambda taus, block, w=share: w * taus[0] + (1 - w) * taus[1]))

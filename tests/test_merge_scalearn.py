@@ -16,6 +16,7 @@ from weft.base import Base
 from weft.engine.increments import Increments
 from weft.errors import InputError, UsageError
 from weft.merging._data import Study
+from weft.merging._depth import Settings
 from weft.merging._learned import Mixture, Spread
 from weft.merging.scalearn import Scalearn, ScalearnConfig
 
@@ -26,7 +27,7 @@ def study_of(family: merging_tasks.Family) -> Study:
 
 def numbers(study: Study, **options: bool) -> int:
     """How many numbers one source has."""
-    state = Scalearn().measure(study, [1, 1], ScalearnConfig(steps=0, **options))
+    state = Scalearn().measure(study, Settings([1, 1], ScalearnConfig(steps=0, **options)))
     return sum(size for size in {spread.key: spread.size for spread in state.spreads.values()}.values())
 
 
@@ -71,7 +72,7 @@ def test_outputs_of_linear_layers_are_the_sources_scaled(tmp_path: Path, kind: s
     family = merging_tasks.languages(tmp_path, kind)
     how: dict[str, Any] = {"data": family.data, "steps": 5, "lr": 0.1}
     weft.merge(family.updates, family.base, "scalearn", into=tmp_path / "into", **how)
-    state = Scalearn().measure(study_of(family), [1, 1], ScalearnConfig(steps=5, lr=0.1))
+    state = Scalearn().measure(study_of(family), Settings([1, 1], ScalearnConfig(steps=5, lr=0.1)))
     base, merged = family.base.model(), Base.open(tmp_path / "into").model()
     sources = family.models(tmp_path)
     names = {"gpt2": ("transformer.h.1.attn.c_proj", "transformer.h.0.mlp.c_fc"), "llama": ("model.layers.1.mlp.down_proj", "model.layers.0.self_attn.q_proj")}
@@ -89,8 +90,8 @@ def test_outputs_of_linear_layers_are_the_sources_scaled(tmp_path: Path, kind: s
 def test_gradients_of_vectors(tmp_path: Path) -> None:
     """Of one output's scale: the inner product of gradient and increment over what that output has."""
     study = study_of(merging_tasks.languages(tmp_path))
-    spreads = {name: Spread(name, 1, target.shape[1]) if len(target.shape) == 2 else Spread(name) for name, target in study.models.targets.items()}
-    mixture = Mixture(study, spreads, 0.7)
+    spreads = {name: Spread(name, 0.7, 1, target.shape[1]) if len(target.shape) == 2 else Spread(name, 0.7) for name, target in study.models.targets.items()}
+    mixture = Mixture(study, spreads)
     batch = next(study.batches(0))
     mixture(batch).square().mean().backward()
     name = "transformer.h.0.mlp.c_proj.weight"

@@ -182,6 +182,7 @@ def test_catalogue_reads_without_importing(weave: Path) -> None:
         "summary": "Adds what is | given.",
         "paper": "A and B, 2024, arXiv:2401.01234",
         "formula": "w + s d",
+        "varies": [],
     }
     assert record["options"][0] == {"name": "scale", "type": "float", "required": False, "default": 0.5, "description": "", "bounds": {"ge": 0.5}}
     assert record["options"] == [option.as_dict() for option in options(get("weave", "plain-sum").config)]
@@ -256,6 +257,9 @@ def test_the_decorator_refuses() -> None:
     def silent() -> None: ...
 
     here = f"{__name__}.test_the_decorator_refuses.<locals>."
+    with pytest.raises(UsageError) as caught:
+        method("merge", config=get("merge", "ties").config, varies=("scale", "densty"))(run)
+    assert str(caught.value) == f"{here}run: 'densty' is said to vary and is no option of it; did you mean 'density'?"
     for config in (Loose, Open, dict):
         with pytest.raises(UsageError) as caught:
             method("merge", config=config)(run)  # type: ignore[arg-type]
@@ -377,7 +381,9 @@ def test_every_method_is_as_listed(kind: str, name: str) -> None:
     record = next(record for record in catalogue(kind) if record["name"] == name)
     found = get(kind, name)
     assert (found.name, found.doc, found.paper, found.formula) == (name, record["summary"], record["paper"], record["formula"])
+    assert list(found.varies) == record["varies"]
     listed = options(found.config)
+    assert all(option.numeric for option in listed if option.name in found.varies)
     assert record["options"] == [option.as_dict() for option in listed]
     assert [option.name for option in listed if not option.description] == []
     assert record["formula"]

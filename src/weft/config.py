@@ -69,6 +69,11 @@ class Option:
         plain = self.type.removesuffix(_OR_NONE)
         return " ".join(filter(None, (plain, self.limits))) + self.type[len(plain) :]
 
+    @property
+    def numeric(self) -> bool:
+        """Whether it is one number."""
+        return self.type.removesuffix(_OR_NONE) in ("int", "float")
+
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values, for the catalogue."""
         return asdict(self)
@@ -225,6 +230,20 @@ def make(config_type: type[C], values: Mapping[str, Any], where: str) -> C:
     A configuration may define `problems(self) -> list[str]` for rules over several fields; it is asked once every field
     is right by itself. Raises one UsageError with all problems.
     """
+    return _made(config_type, values, where, None)
+
+
+def make_lists(config_type: type[C], values: Mapping[str, Any], where: str) -> tuple[C, dict[str, list[float]]]:
+    """As `make`, but an option of one number may be a list of numbers, each within the option's bounds (text: `0.2,0.5` or JSON).
+
+    Returns the configuration with the first number of each list, and the lists by option.
+    """
+    lists: dict[str, list[float]] = {}
+    return _made(config_type, values, where, lists), lists
+
+
+def _made(config_type: type[C], values: Mapping[str, Any], where: str, lists: dict[str, list[float]] | None) -> C:
+    """`make`; lists of numbers go into `lists`, if there is one."""
     described = _described(config_type)
     types = {option.name: kind for option, kind in described}
     known = {option.name: option for option, _ in described}
@@ -243,7 +262,11 @@ def make(config_type: type[C], values: Mapping[str, Any], where: str) -> C:
         try:
             ready[name] = _convert(value, types[name])
         except ValueError:
-            wrong.append(f"{name}: expected {known[name].expected}, got {_got(value)}")
+            several = _several(value, types[name]) if lists is not None and known[name].numeric else None
+            if lists is None or not several:
+                wrong.append(f"{name}: expected {known[name].expected}{' (each)' if several is not None else ''}, got {_got(value)}")
+            else:
+                lists[name], ready[name] = several, several[0]
     wrong += [f"{name}: missing, expected {option.expected}" for name, option in known.items() if option.required and name not in given]
     if not wrong:
         config = config_type(**ready)
@@ -313,6 +336,19 @@ def _convert(value: Any, kind: Any) -> Any:
         if _finite(result):
             return result
     raise ValueError("no reading fits")
+
+
+def _several(value: Any, kind: Any) -> list[float] | None:
+    """The numbers that a list for an option of type `kind` means: none if one of them is wrong, None if it is no list."""
+    from types import GenericAlias
+
+    if not (isinstance(value, list | tuple) or (isinstance(value, str) and ("," in value or value.lstrip()[:1] == "["))):
+        return None
+    try:
+        found: list[float] = _convert(value, GenericAlias(list, (kind,)))
+    except ValueError:
+        return []
+    return [] if None in found else found
 
 
 def _finite(value: Any) -> bool:

@@ -19,8 +19,8 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -38,6 +38,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 GROUP = "weft.methods"
 """The entry point group through which other packages register methods."""
+
+OVER_DEPTH = ", or a list over depth"
+"""What is said of an option that may differ from layer to layer."""
 
 _ROOT = Path(__file__).parent
 _MARK = "weft_method"
@@ -71,7 +74,8 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method. `run` is the function or class that carries the decorator, `doc` its docstring's first line."""
+    """A registered method. `run` is the function or class that carries the decorator, `doc` its docstring's first line,
+    `varies` the options that may differ from layer to layer."""
 
     name: str
     kind: str
@@ -80,13 +84,15 @@ class Method:
     doc: str
     paper: str
     formula: str
+    varies: tuple[str, ...] = ()
 
 
-def method(kind: str, *, config: type[msgspec.Struct], paper: str = "", formula: str = "") -> Callable[[F], F]:
+def method(kind: str, *, config: type[msgspec.Struct], paper: str = "", formula: str = "", varies: Sequence[str] = ()) -> Callable[[F], F]:
     """Decorator: this function or class is the method that its file is named after.
 
     `config` is a frozen `msgspec.Struct` with `forbid_unknown_fields=True` (see `weft.config`), `paper` the authors, the
-    year and the arXiv id, `formula` one line of plain text. Raises UsageError for what doesn't follow this.
+    year and the arXiv id, `formula` one line of plain text, `varies` (merge) the options of one number that may be a list
+    over depth. Raises UsageError for what doesn't follow this.
     """
     _known(kind)
 
@@ -96,10 +102,13 @@ def method(kind: str, *, config: type[msgspec.Struct], paper: str = "", formula:
         rules = getattr(config, "__struct_config__", None)
         if rules is None or not (rules.frozen and rules.forbid_unknown_fields):
             raise UsageError(f"{where}: its config must be a msgspec.Struct with frozen=True and forbid_unknown_fields=True, got {config!r}")
+        odd = [option for option in varies if option not in config.__struct_fields__]
+        if odd:
+            raise UsageError(f"{where}: {odd[0]!r} is said to vary and is no option of it{near(odd[0], config.__struct_fields__)}")
         if not doc:
             raise UsageError(f"{where}: a method needs a docstring, its first line is shown in the catalogue")
         name = run.__module__.rpartition(".")[2].replace("_", "-")
-        setattr(run, _MARK, Method(name, kind, config, run, doc, paper, formula))
+        setattr(run, _MARK, Method(name, kind, config, run, doc, paper, formula, tuple(varies)))
         return run
 
     return register
@@ -130,8 +139,9 @@ def get(kind: str, name: str) -> Method:
 def catalogue(which: str | None = None) -> list[dict[str, Any]]:
     """One record of plain JSON values for each method of a kind or verb (None: all), in the order of `KINDS`, then by name.
 
-    Keys: name, kind, verb, package (whose method it is), summary, paper, formula, and options (see `Option`). weft's own
-    files are read, not imported; other packages' methods are imported, and one that fails says so in its summary.
+    Keys: name, kind, verb, package (whose method it is), summary, paper, formula, varies (the options that may be a list
+    over depth), and options (see `Option`). weft's own files are read, not imported; other packages' methods are imported,
+    and one that fails says so in its summary.
     """
     kinds = [kind for kind, about in KINDS.items() if which in (None, kind, about.verb)]
     if which is not None and not kinds:
@@ -155,7 +165,7 @@ def _elsewhere(name: str) -> str:
     return f"; it is chosen with {' or '.join(found)}" if found else ""
 
 
-def _record(kind: str, name: str, package: str, summary: str, paper: str, formula: str, listed: Iterable[Option]) -> dict[str, Any]:
+def _record(kind: str, name: str, package: str, summary: str, paper: str, formula: str, listed: Iterable[Option], varies: Sequence[str] = ()) -> dict[str, Any]:
     return {
         "name": name,
         "kind": kind,
@@ -164,6 +174,7 @@ def _record(kind: str, name: str, package: str, summary: str, paper: str, formul
         "summary": summary,
         "paper": paper,
         "formula": formula,
+        "varies": list(varies),
         "options": [option.as_dict() for option in listed],
     }
 
@@ -205,7 +216,7 @@ def _declaration(kind: str, name: str, path: Path) -> dict[str, Any]:
 
 
 def _imported(kind: str, name: str, package: str, record: Method) -> dict[str, Any]:
-    return _record(kind, name, package, record.doc, record.paper, record.formula, options(record.config))
+    return _record(kind, name, package, record.doc, record.paper, record.formula, options(record.config), record.varies)
 
 
 def _read(kind: str, name: str, path: Path) -> dict[str, Any]:
@@ -219,11 +230,12 @@ def _read(kind: str, name: str, path: Path) -> dict[str, Any]:
                 continue
             said = {keyword.arg: keyword.value for keyword in call.keywords}
             paper, formula = (ast.literal_eval(said[key]) if key in said else "" for key in ("paper", "formula"))
+            varies = ast.literal_eval(said["varies"]) if "varies" in said else ()
             config = said.get("config")
             if not isinstance(config, ast.Name):
                 raise ValueError("the config is not a plain name")
             doc = (ast.get_docstring(node) or "").split("\n")[0].strip()
-            return _record(kind, name, "weft", doc, paper, formula, _fields(config.id, tree, path).values())
+            return _record(kind, name, "weft", doc, paper, formula, _fields(config.id, tree, path).values(), varies)
     raise ValueError("no decorator @method")
 
 
@@ -317,7 +329,7 @@ def _load_plugin(kind: str, name: str, point: EntryPoint) -> Method:
     record = _mark(value)
     if record is None or record.kind != kind:
         raise UsageError(f"{where}: expected an object with the decorator @method({kind!r}, ...), got {point.value}")
-    return Method(name, kind, record.config, record.run, record.doc, record.paper, record.formula)
+    return replace(record, name=name)
 
 
 def _plugin_record(kind: str, name: str, points: tuple[EntryPoint, ...]) -> dict[str, Any]:
@@ -355,7 +367,8 @@ def _section(record: dict[str, Any]) -> list[str]:
     rows = []
     for option in (Option(**each) for each in record["options"]):
         default = "required" if option.required else f"`{_cell(typed(option.default))}`"
-        rows.append((f"`{option.name}`", _cell(option.type), default, _cell(option.limits), _cell(option.description)))
+        kind = option.type + OVER_DEPTH * (option.name in record["varies"])
+        rows.append((f"`{option.name}`", _cell(kind), default, _cell(option.limits), _cell(option.description)))
     return lines + _table(("option", "type", "default", "bounds", "meaning"), rows)
 
 

@@ -12,13 +12,14 @@ from .app import argument, declare, delta_name, device, new_folder, option, pair
 from .output import Output, made, made_text
 
 
-def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> list[float] | None:
+def _weights(ctx: click.Context, param: click.Parameter, value: str | None) -> list[float | list[float]] | None:
     if value is None:
         return None
     try:
-        return [float(each) for each in value.split(",")]
+        several = [[float(number) for number in each.split(":")] for each in value.split(",")]
     except ValueError:
-        raise click.BadParameter(f"expected numbers, one for each input, got {value!r}") from None
+        raise click.BadParameter(f"expected numbers, one for each input (A:B:... for one that varies over depth), got {value!r}") from None
+    return [numbers if len(numbers) > 1 else numbers[0] for numbers in several]
 
 
 def _shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, int] | None:
@@ -34,7 +35,7 @@ def _shard(ctx: click.Context, param: click.Parameter, value: str | None) -> tup
 @argument("inputs", metavar="X...", nargs=-1, required=True)
 @option("--method", default="task-arithmetic", show_default=True, help="A name from `weft methods merge`.")
 @params
-@option("--weights", metavar="A,B,...", callback=_numbers, help="One number for each input.")
+@option("--weights", metavar="A,B,...", callback=_weights, help="One number for each input; A1:A2:... goes from the first layer to the last.")
 @option("--base", metavar="BASE", help="The base of all inputs; needed when one is a checkpoint, and for --into.")
 @option("--on", multiple=True, metavar="DELTA", type=click.Path(path_type=Path), help="A delta that inputs were made over; again for each, in order.")
 @option("-o", "--out", "target", metavar="OUT.safetensors", type=click.Path(path_type=Path), callback=delta_name, help="Where the merged delta goes.")
@@ -51,7 +52,7 @@ def command(
     inputs: tuple[str, ...],
     method: str,
     params: tuple[str, ...],
-    weights: list[float] | None,
+    weights: list[float | list[float]] | None,
     base: str | None,
     on: tuple[Path, ...],
     target: Path | None,
@@ -62,9 +63,13 @@ def command(
 ) -> None:
     """Merge deltas and checkpoints (X) of one base into one delta, or straight into a checkpoint.
 
+    Weights, and the options of which `weft methods merge` says so, may be lists over depth: -p scale=0.2,0.5,1 is 0.2 in the first layer,
+    0.5 in the middle, 1 in the last, and on straight lines between.
+
     \b
     Example:
       weft merge trec.safetensors subj.safetensors --method ties -p density=0.2 --base path/to/model -o both.safetensors
+      weft merge trec.safetensors subj.safetensors --weights 1:0.2,0.5 -p scale=0.2,0.5,1 --base path/to/model -o both.safetensors
     """
     from ..merging import join as joined
     from ..merging import merge

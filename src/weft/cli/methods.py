@@ -69,14 +69,15 @@ def _listed(records: list[dict[str, Any]], *, options: bool) -> str:
 
 def _whole(record: dict[str, Any]) -> list[str]:
     from ..config import Option
-    from ..methods import typed
+    from ..methods import OVER_DEPTH, typed
 
     lines = [f"  {record['name']}", f"    {record['summary']}"]
     lines += [f"    {key}: {record[key]}" for key in ("formula", "paper") if record[key]]
     rows = []
     for option in (Option(**each) for each in record["options"]):
         default = "required" if option.required else typed(option.default)
-        rows.append((f"-p {option.name}=", option.expected, default, option.description))
+        expected = option.expected + OVER_DEPTH * (option.name in record["varies"])
+        rows.append((f"-p {option.name}=", expected, default, option.description))
     if rows:
         lines.append(table([("option", "type", "default", "meaning"), *rows], indent="    "))
     return lines

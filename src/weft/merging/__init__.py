@@ -12,12 +12,10 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..base import Base
-from ..config import as_dict, make
 from ..delta import BLOB, BaseTensor, Delta, Entry, added_ops, apart, loaded, merge_patches, renumbered, scaled_ops
 from ..engine.finite import require_finite
 from ..engine.increments import Increments, Target, Update, lineage, open_update
@@ -28,6 +26,7 @@ from ..file import require_name
 from ..methods import get
 from ..ops.spec import OpEntry, Ref
 from ..stored import Tensor, hold
+from ._depth import Depth, Settings, Weight, asked
 from ._method import DataMethod, MergeMethod
 from ._parts import Shard, joined, part, require_shard
 from ._result import Kernel, MergedTensor
@@ -48,7 +47,7 @@ def merge(
     inputs: Sequence[Given],
     base: Base | str | os.PathLike[str] | None = None,
     method: str = "task-arithmetic",
-    weights: Sequence[float] | None = None,
+    weights: Sequence[Weight] | None = None,
     *,
     out: str | os.PathLike[str] | None = None,
     into: str | os.PathLike[str] | None = None,
@@ -66,10 +65,12 @@ def merge(
     """Merge deltas and checkpoints into one delta, or straight into a checkpoint.
 
     inputs:  deltas (`Delta`, or paths of their files) and checkpoints (`Base`, paths, Hub ids), in any mix
-    base:    the base that all belong to; needed for checkpoints, for `into`, and where a change depends on the base's
-             values and the method is not a weighted sum
+    base:    the base that all belong to; needed for checkpoints, for `into`, for lists over depth, and where a change
+             depends on the base's values and the method is not a weighted sum
     method:  a name from `weft methods merge`; `params` are its options
-    weights: one number for each input; what they do and what they are by default is the method's business
+    weights: one number for each input; what they do and what they are by default is the method's business. A weight, and every option of
+             which the catalogue says so, may be a list of numbers over depth: the first is that of the first layer, the last of the last,
+             the others lie evenly between, on straight lines (`weft.merging._depth`)
     out:     a .safetensors file to write the merged delta to
     into:    a folder to write base + merged delta to, without a delta file
     on:      deltas that inputs were made over, if they are no inputs themselves; the result is then made over them too
@@ -95,9 +96,8 @@ def merge(
     if into is not None and base is None:
         raise UsageError("a checkpoint is base + increments; give the base", hint="base=PATH (--base PATH)")
     record = get("merge", method)
-    cfg = make(record.config, params, f"merge method {method!r}")
     rule: MergeMethod[Any] = record.run()
-    used = _weights(rule, weights, len(inputs), cfg, method)
+    settings = asked(method, record, rule, weights, len(inputs), params)
     workers = thread_count(threads)
     if block < 1:
         raise UsageError(f"a block has at least 1 entry, got {block}")
@@ -112,14 +112,17 @@ def merge(
     updates = [open_update(given) for given in inputs]
     before = loaded(on)
     models = Increments(updates, root, on=before, block=block, threads=workers)
+    if settings.varies:
+        settings = settings.over(Depth.of(models))
+        settings.require(method, rule)
     named = into is None or any(isinstance(each, Delta) for each in updates)  # a checkpoint needs no names, which cost more time to find than to merge
-    recipe: dict[str, Any] = {"verb": "merge", "method": method, "config": as_dict(cfg), "weights": used, "inputs": lineage(updates) if named else []}
-    study = _study(rule, cfg, models, data, method, device, batch_size)
+    recipe: dict[str, Any] = {"verb": "merge", "method": method, **settings.recipe(), "inputs": lineage(updates) if named else []}
+    study = _study(rule, settings.whole.cfg, models, data, method, device, batch_size)
     if study is not None:
         recipe |= study.recipe()
     if rank is not None or energy is not None:
         recipe |= {"rank": rank, "energy": energy}
-    merged = _merged(models, rule, used, cfg, recipe, study, named)
+    merged = _merged(models, rule, settings, recipe, study, named)
     if rank is not None or energy is not None:
         merged = _recompressed(merged, rank, energy, workers)
     if shard is not None:
@@ -136,17 +139,6 @@ def merge(
 
 
 # --- what was asked for
-
-
-def _weights(rule: MergeMethod[Any], weights: Sequence[float] | None, count: int, cfg: Any, method: str) -> list[float]:
-    used = [rule.default_weight(count)] * count if weights is None else [float(w) for w in weights]
-    problems = [f"weight {number} is {w}" for number, w in enumerate(used, 1) if not isfinite(w)]
-    if len(used) != count:
-        problems.append(f"expected one weight for each of {count} inputs, got {len(used)}")
-    problems = problems or rule.problems(used, cfg)
-    if problems:
-        raise UsageError(f"the weights do not suit the merge method {method!r}", problems=problems)
-    return used
 
 
 def _study(rule: MergeMethod[Any], cfg: Any, models: Increments, data: Any, method: str, device: Any, batch_size: int) -> Study | None:
@@ -170,9 +162,9 @@ def _study(rule: MergeMethod[Any], cfg: Any, models: Increments, data: Any, meth
 # --- the merged delta
 
 
-def _merged(models: Increments, rule: MergeMethod[Any], weights: list[float], cfg: Any, recipe: dict[str, Any], study: Study | None, named: bool) -> Delta:
-    weighted = rule.weighted(cfg)
-    keep = {name for name in models.targets if weighted and models.by_algebra(name) and not models.all_dense(name)}
+def _merged(models: Increments, rule: MergeMethod[Any], settings: Settings[Any], recipe: dict[str, Any], study: Study | None, named: bool) -> Delta:
+    weighted = [target for target in models.targets.values() if rule.weighted(settings.at(target).cfg)]
+    keep = {target.name: target for target in weighted if models.by_algebra(target.name) and not models.all_dense(target.name)}
     dense = [target for name, target in models.targets.items() if name not in keep]
     lacking = [target.name for target in dense if models.base is None and models.needs_base(target.name)]
     if lacking:
@@ -180,9 +172,9 @@ def _merged(models: Increments, rule: MergeMethod[Any], weights: list[float], cf
             f"what the inputs do to {lacking[0]!r} depends on the base's values ({len(lacking)} such tensors); give the base", hint="base=PATH (--base PATH)"
         )
     reuse_memory()
-    state = rule.measure(study, weights, cfg) if isinstance(rule, DataMethod) and study is not None else rule.prepare(models, weights, cfg)
-    entries, tensors = _combined(models, {name: rule.coefficients(weights, cfg, state, models.targets[name]) for name in models.targets if name in keep})
-    kernel = Kernel(models, rule, weights, cfg, state)
+    state = rule.measure(study, settings) if isinstance(rule, DataMethod) and study is not None else rule.prepare(models, settings)
+    entries, tensors = _combined(models, {name: rule.coefficients(*settings.at(target), state, target) for name, target in keep.items()})
+    kernel = Kernel(models, rule, settings, state)
     scale = rule.scale(state)
     for target in rule.targets(dense, state):
         key = f"{target.name}//0.values"

@@ -26,10 +26,11 @@ from ._data import Batch, Study, predicted
 
 @dataclass(frozen=True)
 class Spread:
-    """What scales the increments of a tensor: for each model one number (`axis` None), or `size` numbers along an axis. Tensors with the
-    same `key` have the same numbers."""
+    """What scales the increments of a tensor: for each model one number (`axis` None), or `size` numbers along an axis, which all begin
+    as `start`. Tensors with the same `key` have the same numbers."""
 
     key: str
+    start: float
     axis: int | None = None
     size: int = 1
 
@@ -41,12 +42,12 @@ class Spread:
 
 
 class Mixture(nn.Module):
-    """The live base plus scaled increments. `scales` has for each key a parameter (models x size), float32, all `start`.
+    """The live base plus scaled increments. `scales` has for each key a parameter (models x size), float32.
 
     The live model stays in eval mode whatever happens to this module: dropout would only blur what few numbers can learn.
     """
 
-    def __init__(self, study: Study, spreads: Mapping[str, Spread], start: float) -> None:
+    def __init__(self, study: Study, spreads: Mapping[str, Spread]) -> None:
         super().__init__()
         self._study: Any = study  # no module, so its live model is no part of this one
         models = study.models
@@ -58,8 +59,8 @@ class Mixture(nn.Module):
             for target in self._targets
         }
         self._base = study.parameters()
-        shapes = {spread.key: (len(models.updates), spread.size) for spread in spreads.values()}
-        self.scales = {key: nn.Parameter(torch.full(shape, float(start), device=study.device)) for key, shape in shapes.items()}
+        every, count = {spread.key: spread for spread in spreads.values()}, len(models.updates)
+        self.scales = {key: nn.Parameter(torch.full((count, each.size), float(each.start), device=study.device)) for key, each in every.items()}
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The live parameters that change, by name, in their dtype: theta, rounded once."""
@@ -119,7 +120,7 @@ class Goal:
 
 
 def learn(
-    study: Study, spreads: Mapping[str, Spread], start: float, *, steps: int, lr: float, weight_decay: float = 0.0, entropy: bool = False
+    study: Study, spreads: Mapping[str, Spread], *, steps: int, lr: float, weight_decay: float = 0.0, entropy: bool = False
 ) -> dict[str, np.ndarray[Any, Any]]:
     """The scales of every tensor after `steps` steps of AdamW (models x size, float64), by its name; `spreads` has all tensors.
 
@@ -128,8 +129,8 @@ def learn(
     """
     spreads = {name: spreads[first] for name, first in study.firsts().items()}
     if not steps:
-        return {name: np.full((len(study.models.updates), spread.size), start) for name, spread in spreads.items()}
-    mixture = Mixture(study, spreads, start)
+        return {name: np.full((len(study.models.updates), spread.size), spread.start) for name, spread in spreads.items()}
+    mixture = Mixture(study, spreads)
     optimizer = torch.optim.AdamW(mixture.scales.values(), lr=lr, weight_decay=weight_decay)
     loop = LoopConfig(steps=steps, batch_size=study.batch_size)
     train(Run(mixture, Goal(study, entropy), mixture.scales, optimizer, lambda step, total: 1.0, loop, study.seed), Events())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from .._fused import Combination
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from ..engine.increments import Block, Increments, Target
     from ._data import Study
+    from ._depth import Settings
 
     Array = np.ndarray[Any, Any]
 
@@ -28,6 +29,9 @@ class MergeMethod(Generic[C]):
     `merge`, which sees one block of rows at a time. An object has no state of its own, and `merge` may be called from
     several threads. A method that draws random numbers has a field `seed` in its config and makes them from the seed,
     the tensor's name, the model and `block.start`, so that they do not depend on blocks or threads.
+
+    Weights may vary over depth, and so may the options that `@method` names as `varies`: `weights` and `cfg` are those of the
+    tensor at hand. Only `prepare` and `measure` see more than one tensor, and ask `settings.at` for those of each.
     """
 
     reads: ClassVar[bool] = True
@@ -43,6 +47,10 @@ class MergeMethod(Generic[C]):
         """What is wrong with these weights for this config, as sentences."""
         return []
 
+    def fixed(self, cfg: C) -> Mapping[str, str]:
+        """Options that vary over depth as a rule, but not with the others as they are in `cfg`, and why."""
+        return {}
+
     def weighted(self, cfg: C) -> bool:
         """Whether the result is exactly sum_i c_i tau_i with the c of `coefficients`, so that deltas are combined with their own ops."""
         return False
@@ -55,8 +63,11 @@ class MergeMethod(Generic[C]):
         """How the increments of one tensor become one, where that can be said as a `Combination`, after `prepare`. `merge` is then not asked for."""
         return Combination(self.coefficients(weights, cfg, state, target)) if self.weighted(cfg) else None
 
-    def prepare(self, models: Increments, weights: Sequence[float], cfg: C) -> Any:
-        """Statistics over whole tensors or models, the `state` of `merge`: thresholds, norms, angles."""
+    def prepare(self, models: Increments, settings: Settings[C]) -> Any:
+        """Statistics over whole tensors or models, the `state` of `merge`: thresholds, norms, angles.
+
+        `settings.at(target)` has the weights and options of a tensor, `settings.whole` those that are the same everywhere.
+        """
         return None
 
     def merge(self, taus: list[Array], weights: Sequence[float], cfg: C, state: Any, block: Block) -> Array:
@@ -99,6 +110,6 @@ class DataMethod(MergeMethod[C]):
         """Whether it needs data with this config; without, it is a method like any other."""
         return True
 
-    def measure(self, study: Study, weights: Sequence[float], cfg: C) -> Any:
+    def measure(self, study: Study, settings: Settings[C]) -> Any:
         """What the models do with their data, as the `state` of `merge`."""
         raise NotImplementedError

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from threading import Lock
@@ -12,6 +12,7 @@ from .._fused import Combination, Piece
 from ..engine.increments import Block, Increments, Target
 from ..engine.stream import in_threads
 from ..stored import Relative
+from ._depth import Settings
 from ._method import MergeMethod
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 class Kernel:
     """A method at work on its increments: what every merged tensor needs to compute itself. `state`: what `prepare` found."""
 
-    def __init__(self, models: Increments, rule: MergeMethod[Any], weights: Sequence[float], cfg: Any, state: Any) -> None:
-        self.models, self._rule, self._weights, self._cfg, self._state = models, rule, weights, cfg, state
+    def __init__(self, models: Increments, rule: MergeMethod[Any], settings: Settings[Any], state: Any) -> None:
+        self.models, self._rule, self._settings, self._state = models, rule, settings, state
         self._lock = Lock()
         self._last: tuple[Target, Array] | None = None
 
@@ -34,12 +35,12 @@ class Kernel:
         if rule is not None:
             return self.models.combined(rule, block, old)
         taus = self.models.read_all(block, old) if self._rule.reads else []
-        merged = self._rule.merge(taus, self._weights, self._cfg, self._state, block)
+        merged = self._rule.merge(taus, *self._settings.at(block.target), self._state, block)
         return merged.astype(block.target.wide, copy=False)
 
     def combination(self, target: Target) -> Combination | None:
         """How the increments of a tensor become one, if the method can say it so."""
-        return self._rule.combination(self._weights, self._cfg, self._state, target)
+        return self._rule.combination(*self._settings.at(target), self._state, target)
 
     def rows(self, block: Block, old: Array | None = None) -> Array:
         """The merged increment on any rows."""

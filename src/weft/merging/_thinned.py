@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ..engine.increments import Target
+    from ._depth import Settings
 
     Array = np.ndarray[Any, Any]
 
@@ -36,13 +37,15 @@ _ETAS = [10 ** (k / 3 - 2) for k in range(10)]
 
 
 class Thinned:
-    """Model `number` of a study, whole and with entries dropped, on the first `cfg.rows` of its data.
+    """Model `number` of a study, whole and with entries dropped, on the first `rows` of its data.
 
     keys: its sequence of random numbers for each tensor
     """
 
-    def __init__(self, study: Study, number: int, cfg: DarexQConfig, keys: Mapping[str, int]) -> None:
-        self.study, self.number, self.cfg, self._keys = study, number, cfg, keys
+    def __init__(self, study: Study, number: int, settings: Settings[DarexQConfig], keys: Mapping[str, int]) -> None:
+        self.study, self.number, self._keys = study, number, keys
+        cfg = settings.whole.cfg
+        self._cfg = {name: settings.at(target).cfg for name, target in study.models.targets.items()}
         firsts, models = study.firsts(), study.models
         touched = [target for name, target in models.targets.items() if models.touches(number, name)]
         self._live = [target for target in touched if firsts[target.name] == target.name]  # a tied tensor once
@@ -60,7 +63,7 @@ class Thinned:
         """A tensor's increment, float32; `left`: what is left of it, not rescaled."""
         tau = self.study.models.read(self.number, target.whole)
         if left:
-            tau = combined([tau], Combination([1.0], keys=[self._keys[target.name]], dropped=dropped(self.cfg.drop)), 0)
+            tau = combined([tau], Combination([1.0], keys=[self._keys[target.name]], dropped=dropped(self._cfg[target.name].drop)), 0)
         tensor: torch.Tensor = xp.to_torch(tau).to(self.study.device, torch.float32)
         return tensor
 
@@ -77,15 +80,15 @@ class Thinned:
         return total / count
 
     def everywhere(self, layers: Mapping[str, float]) -> dict[str, float]:
-        """q of all tensors of the merge: the mean of the layers' where a tensor has none of its own, that of `dare` if there is none at all."""
-        mean = sum(layers.values()) / len(layers) if layers else share_left(self.cfg.drop)
-        return {name: layers.get(name, mean) for name in self.study.models.targets}
+        """q of all tensors of the merge: the mean of the layers' where a tensor has none of its own, but no less than that of `dare`."""
+        mean = sum(layers.values()) / len(layers) if layers else 0.0
+        return {name: layers.get(name, max(mean, share_left(cfg.drop))) for name, cfg in self._cfg.items()}
 
     # --- two ways to find it
 
-    def by_output(self) -> dict[str, float]:
+    def by_output(self, drop: float) -> dict[str, float]:
         """One q for all tensors, between 1 - p and 1."""
-        least = share_left(self.cfg.drop)
+        least = share_left(drop)
         step = least ** (1 / (_GRID - 1))
         coarse = _best([least, *(step**k for k in range(_GRID - 1))], self._error_of_one)
         around = [coarse * step ** (k / (_GRID // 2 + 1)) for k in range(-(_GRID // 2), _GRID // 2 + 1) if k]
@@ -95,13 +98,14 @@ class Thinned:
         """One q for each layer, by the bound."""
         sums = dict(self._sums())
 
-        def bounded(eta: float) -> dict[str, float]:
-            return self.everywhere({name: analytic_q(first, second, self.cfg.drop, eta) for name, (first, second) in sums.items()})
+        def bounded(etas: Mapping[str, float]) -> dict[str, float]:
+            return self.everywhere({name: analytic_q(*both, self._cfg[name].drop, etas[name]) for name, both in sums.items()})
 
-        return bounded(self.cfg.eta if self.cfg.eta is not None else _best(_ETAS, lambda eta: self.error(bounded(eta))))
+        given = {name: cfg.eta for name, cfg in self._cfg.items() if cfg.eta is not None}
+        return bounded(given or self._same(_best(_ETAS, lambda eta: self.error(bounded(self._same(eta))))))
 
-    def _same(self, q: float) -> dict[str, float]:
-        return dict.fromkeys(self.study.models.targets, q)
+    def _same(self, number: float) -> dict[str, float]:
+        return dict.fromkeys(self._cfg, number)
 
     def _error_of_one(self, q: float) -> float:
         return self.error(self._same(q))
@@ -131,10 +135,10 @@ class Thinned:
                 yield {name: each.inputs for name, each in found.items()}
 
 
-def found_q(study: Study, number: int, cfg: DarexQConfig, keys: Mapping[str, int]) -> dict[str, float]:
+def found_q(study: Study, number: int, settings: Settings[DarexQConfig], keys: Mapping[str, int]) -> dict[str, float]:
     """q of every tensor of a merge for one of its models."""
-    thin = Thinned(study, number, cfg, keys)
-    return thin.by_output() if cfg.find == "output" else thin.by_bound()
+    thin, cfg = Thinned(study, number, settings, keys), settings.whole.cfg
+    return thin.by_output(cfg.drop) if cfg.find == "output" else thin.by_bound()
 
 
 def _given(batch: Batch) -> dict[str, torch.Tensor]:

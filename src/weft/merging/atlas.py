@@ -31,6 +31,7 @@ from ._method import DataMethod
 if TYPE_CHECKING:
     from ..engine.increments import Target
     from ._data import Study
+    from ._depth import Settings
 
 
 class AtlasConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -49,6 +50,7 @@ class AtlasConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     config=AtlasConfig,
     paper="Zhang et al., 2024, arXiv:2407.02880",
     formula="theta_b = theta_0,b + sum_t c_{t,b} tau_{t,b}, c = argmin of the loss on the data",
+    varies=("start",),
 )
 class Atlas(DataMethod[AtlasConfig]):
     """A coefficient for each increment and tensor, learned on data."""
@@ -59,17 +61,18 @@ class Atlas(DataMethod[AtlasConfig]):
     def weighted(self, cfg: AtlasConfig) -> bool:
         return True
 
-    def measure(self, study: Study, weights: Sequence[float], cfg: AtlasConfig) -> dict[str, list[float]]:
+    def measure(self, study: Study, settings: Settings[AtlasConfig]) -> dict[str, list[float]]:
         """The coefficients of each model on every tensor."""
         from ._learned import Spread, learn
 
+        cfg = settings.whole.cfg
         if cfg.objective == "labels":
             study.require_labels("atlas with objective=labels")
         elif not study.classifies:
             raise UsageError("objective=entropy is for classifiers: a language model that is only to be sure repeats itself", hint="-p objective=labels")
-        spreads = {name: Spread(name) for name in study.models.targets}
+        spreads = {name: Spread(name, settings.at(target).cfg.start) for name, target in study.models.targets.items()}
         how: dict[str, Any] = {"steps": cfg.steps, "lr": cfg.lr, "weight_decay": cfg.weight_decay, "entropy": cfg.objective == "entropy"}
-        return {name: [float(c) for c in scales[:, 0]] for name, scales in learn(study, spreads, cfg.start, **how).items()}
+        return {name: [float(c) for c in scales[:, 0]] for name, scales in learn(study, spreads, **how).items()}
 
     def coefficients(self, weights: Sequence[float], cfg: AtlasConfig, state: dict[str, list[float]], target: Target) -> list[float]:
         return state[target.name]

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ..engine.increments import Increments, Target
+    from ._depth import Settings
 
     Array = np.ndarray[Any, Any]
 
@@ -68,6 +69,7 @@ class DareState:
     config=DareConfig,
     paper="Yu et al., 2023, arXiv:2311.03099",
     formula="theta = theta_0 + scale sum_i w_i m_i tau_i / (1 - p), m_i ~ Bernoulli(1 - p)",
+    varies=("drop", "scale"),
 )
 class Dare(MergeMethod[DareConfig]):
     """Drop entries of each increment at random, rescale the others, add up."""
@@ -78,11 +80,12 @@ class Dare(MergeMethod[DareConfig]):
     def coefficients(self, weights: Sequence[float], cfg: DareConfig, state: Any, target: Target) -> list[float]:
         return [cfg.scale * w for w in weights]
 
-    def prepare(self, models: Increments, weights: Sequence[float], cfg: DareConfig) -> DareState:
+    def prepare(self, models: Increments, settings: Settings[DareConfig]) -> DareState:
+        cfg = settings.whole.cfg
         keys = mask_keys(models, cfg.seed)
         if cfg.signs == "all":
             return DareState(keys)
-        return DareState(keys, majority_is_plus(models, lambda target: self.combination(weights, cfg, DareState(keys), target)))
+        return DareState(keys, majority_is_plus(models, lambda target: self.combination(*settings.at(target), DareState(keys), target)))
 
     def combination(self, weights: Sequence[float], cfg: DareConfig, state: DareState, target: Target) -> Combination:
         mask: dict[str, Any] = {"keys": state.keys[target.name], "dropped": dropped(cfg.drop)}

@@ -16,6 +16,8 @@ analytic  one q for each linear layer, from the mean of its inputs, by the small
           bound has a parameter `eta`; if that is none, the one of 0.01 to 10 with the smallest change of the model's output. Tensors that are
           no linear layer of the model's blocks (norms, biases, embeddings, heads) take the mean of the layers' q, as in the paper.
 
+Over depth, q, drop and eta may vary; not drop with `output`, where one q is found for all tensors. No q that is found is below 1 - p of its tensor.
+
 What was found is the blob `darex-q` of the result: JSON, for each tensor one q a model.
 
 Not followed: the authors' code doesn't make the bound small but looks for the q with which eta (1-(1-p)/q) S1 + eta^2 Phi S2/(4 q^2) +
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
 
     from ..engine.increments import Increments, Target
     from ._data import Study
+    from ._depth import Settings
 
     Array = np.ndarray[Any, Any]
 
@@ -77,6 +80,7 @@ class DarexQState:
     config=DarexQConfig,
     paper="Deng et al., 2024, arXiv:2410.09344",
     formula="theta = theta_0 + scale sum_i w_i m_i tau_i / q_i, m_i ~ Bernoulli(1 - p)",
+    varies=("drop", "q", "eta", "scale"),
 )
 class DarexQ(DataMethod[DarexQConfig]):
     """Drop entries of each increment at random, rescale the others as little as is good."""
@@ -84,20 +88,26 @@ class DarexQ(DataMethod[DarexQConfig]):
     def looks(self, cfg: DarexQConfig) -> bool:
         return cfg.q is None
 
+    def fixed(self, cfg: DarexQConfig) -> dict[str, str]:
+        return {"drop": "one q is sought for it; give q, or find=analytic"} if cfg.q is None and cfg.find == "output" else {}
+
     def weighted(self, cfg: DarexQConfig) -> bool:
         return cfg.drop == 0 and cfg.q is not None
 
     def coefficients(self, weights: Sequence[float], cfg: DarexQConfig, state: DarexQState, target: Target) -> list[float]:
         return [cfg.scale / q * w for w, q in zip(weights, state.q[target.name], strict=True)]
 
-    def prepare(self, models: Increments, weights: Sequence[float], cfg: DarexQConfig) -> DarexQState:
-        return DarexQState(mask_keys(models, cfg.seed), {name: [cfg.q or share_left(cfg.drop)] * len(weights) for name in models.targets})
+    def prepare(self, models: Increments, settings: Settings[DarexQConfig]) -> DarexQState:
+        here = {name: settings.at(target).cfg for name, target in models.targets.items()}
+        q = {name: [cfg.q or share_left(cfg.drop)] * len(models.updates) for name, cfg in here.items()}
+        return DarexQState(mask_keys(models, settings.whole.cfg.seed), q)
 
-    def measure(self, study: Study, weights: Sequence[float], cfg: DarexQConfig) -> DarexQState:
+    def measure(self, study: Study, settings: Settings[DarexQConfig]) -> DarexQState:
         from ._thinned import found_q
 
-        keys = mask_keys(study.models, cfg.seed)
-        each = [found_q(study, number, cfg, {name: several[number] for name, several in keys.items()}) for number in range(len(weights))]
+        keys = mask_keys(study.models, settings.whole.cfg.seed)
+        count = len(study.models.updates)
+        each = [found_q(study, number, settings, {name: several[number] for name, several in keys.items()}) for number in range(count)]
         return DarexQState(keys, {name: [q[name] for q in each] for name in keys}, True)
 
     def combination(self, weights: Sequence[float], cfg: DarexQConfig, state: DarexQState, target: Target) -> Combination:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from ..engine.increments import Block
     from ._data import Spool, Study
+    from ._depth import Settings
 
     Array = np.ndarray[Any, Any]
 
@@ -69,6 +70,7 @@ class FisherState:
     config=FisherConfig,
     paper="Matena and Raffel, 2021, arXiv:2111.09832",
     formula="theta = sum_i w_i F_i theta_i / sum_i w_i F_i, F_i = E (d log p_i(y | x))^2",
+    varies=("floor",),
 )
 class Fisher(DataMethod[FisherConfig]):
     """The average of the models, weighted by each parameter's Fisher information."""
@@ -76,10 +78,11 @@ class Fisher(DataMethod[FisherConfig]):
     def problems(self, weights: Sequence[float], cfg: FisherConfig) -> list[str]:
         return ["fisher averages: no weight may be negative, and one must be positive"] * (min(weights) < 0 or max(weights) == 0)
 
-    def measure(self, study: Study, weights: Sequence[float], cfg: FisherConfig) -> FisherState:
+    def measure(self, study: Study, settings: Settings[FisherConfig]) -> FisherState:
         """F of every model for all tensors that any of them changes."""
         from ._data import Spool
 
+        cfg = settings.whole.cfg
         if cfg.labels == "data":
             study.require_labels("labels=data")
         spool, norms = Spool(), []

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ..engine.increments import Increments, Target
+    from ._depth import Settings
 
     Array = np.ndarray[Any, Any]
 
@@ -54,6 +55,7 @@ class ModelBreadcrumbsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_u
     config=ModelBreadcrumbsConfig,
     paper="Davari and Belilovsky, 2023, arXiv:2312.06795",
     formula="theta = theta_0 + scale sum_i w_i m_i tau_i, m_i = [h_i <= |tau_i| <= H_i]",
+    varies=("density", "top", "scale"),
 )
 class ModelBreadcrumbs(MergeMethod[ModelBreadcrumbsConfig]):
     """Leave out the outliers and the noise of each increment, add up."""
@@ -64,9 +66,9 @@ class ModelBreadcrumbs(MergeMethod[ModelBreadcrumbsConfig]):
     def coefficients(self, weights: Sequence[float], cfg: ModelBreadcrumbsConfig, state: Any, target: Target) -> list[float]:
         return _coefficients(weights, cfg)
 
-    def prepare(self, models: Increments, weights: Sequence[float], cfg: ModelBreadcrumbsConfig) -> dict[str, list[Limits]]:
+    def prepare(self, models: Increments, settings: Settings[ModelBreadcrumbsConfig]) -> dict[str, list[Limits]]:
         """(h_i, H_i) for each tensor."""
-        found = in_threads((partial(_limits, models, target, cfg) for target in models.targets.values()), models.threads)
+        found = in_threads((partial(_limits, models, target, settings.at(target).cfg) for target in models.targets.values()), models.threads)
         return dict(zip(models.targets, found, strict=True))
 
     def combination(self, weights: Sequence[float], cfg: ModelBreadcrumbsConfig, state: dict[str, list[Limits]], target: Target) -> Combination:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ..engine.increments import Increments, Target
+    from ._depth import Settings
 
     Array = np.ndarray[Any, Any]
 
@@ -52,7 +53,7 @@ class ModelStock(LinearMethod[ModelStockConfig]):
         found = [f"an angle takes at least 2 models, got {len(weights)}"] if len(weights) < 2 else []
         return found + ["the angles decide how much each model counts; leave the weights out"] * any(w != 1 for w in weights)
 
-    def prepare(self, models: Increments, weights: Sequence[float], cfg: ModelStockConfig) -> dict[str, list[float]]:
+    def prepare(self, models: Increments, settings: Settings[ModelStockConfig]) -> dict[str, list[float]]:
         """The coefficient of each model on every tensor."""
         import numpy as np
 

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from ..delta import Entry
     from ..engine.increments import Block, Increments, Target
+    from ._depth import Settings
 
     Array = np.ndarray[Any, Any]
 
@@ -82,6 +83,7 @@ class OpcmState:
     config=OpcmConfig,
     paper="Tang et al., 2025, arXiv:2501.09522",
     formula="A <- A + tau - U (M o U^T tau V) V^T, A = U S V^T; theta = theta_0 + A mean_i ||tau_i|| / ||A||",
+    varies=("alpha",),
 )
 class Opcm(MergeMethod[OpcmConfig]):
     """Add models one by one, each without its part in the space that is taken already."""
@@ -91,8 +93,8 @@ class Opcm(MergeMethod[OpcmConfig]):
     def problems(self, weights: Sequence[float], cfg: OpcmConfig) -> list[str]:
         return ["the models' norms decide how much they count; leave the weights out"] * any(w != 1 for w in weights)
 
-    def prepare(self, models: Increments, weights: Sequence[float], cfg: OpcmConfig) -> OpcmState:
-        first = models.updates[0]
+    def prepare(self, models: Increments, settings: Settings[OpcmConfig]) -> OpcmState:
+        first, cfg = models.updates[0], settings.whole.cfg
         before: tuple[float, ...] = ()
         start: Callable[[Target], Array | None] = _nothing
         if isinstance(first, Delta) and (before := _norms_of(first)):
@@ -105,7 +107,7 @@ class Opcm(MergeMethod[OpcmConfig]):
         def squares(target: Target) -> list[float]:
             """||.||^2 of each increment and of the sum."""
             taus = models.read_all(target.whole)
-            return [_square(part) for part in (*taus, self.merge(taus, weights, cfg, state, target.whole))]
+            return [_square(part) for part in (*taus, self.merge(taus, *settings.at(target), state, target.whole))]
 
         jobs = (partial(squares, target) for target in models.targets.values() if target.size)
         rows = list(in_threads(jobs, models.threads))

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ..engine.increments import Block, Increments
+    from ._depth import Settings
 
     Array = np.ndarray[Any, Any]
 
@@ -68,12 +69,13 @@ class PcbState:
     config=PcbMergingConfig,
     paper="Du et al., 2024, arXiv:2410.02396",
     formula="theta = theta_0 + scale sum_i b_i w_i tau_i / sum_i b_i, b_i = top-k(exp(n |tau_i|^2 / max^2) tanh(tau_i sum_j tau_j)), scaled to [0, 1]",
+    varies=("scale",),
 )
 class PcbMerging(MergeMethod[PcbMergingConfig]):
     """Average the increments, each entry weighed by its size in its own model and its agreement with the others."""
 
-    def prepare(self, models: Increments, weights: Sequence[float], cfg: PcbMergingConfig) -> PcbState:
-        count = len(models.updates)
+    def prepare(self, models: Increments, settings: Settings[PcbMergingConfig]) -> PcbState:
+        count, cfg = len(models.updates), settings.whole.cfg
         sizes = [models.size(i) for i in range(count)]
         touched = {name: [i for i in range(count) if models.touches(i, name)] for name in models.targets}
 

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from ..engine.statistics import SecondMoment
     from ._aligned import Aligned
     from ._data import Spool, Study
+    from ._depth import Settings
 
     Array = np.ndarray[Any, Any]
 
@@ -99,6 +100,7 @@ class PleasState:
     config=PleasConfig,
     paper="Nasery et al., 2024, arXiv:2407.02447",
     formula="W = argmin ||W ((1 - w) x_A + w pi(x_B)) - ((1 - w) A x_A + w pi(B x_B))||^2 + ridge ||W - W_0||^2, w = 1/2 by default",
+    varies=("ridge",),
 )
 class Pleas(DataMethod[PleasConfig]):
     """Match units, keep apart what does not match, fit each linear layer to both models' features."""
@@ -113,12 +115,13 @@ class Pleas(DataMethod[PleasConfig]):
         found = [f"pleas merges the base with one model, got {len(weights)}"] if len(weights) != 1 else []
         return found + [f"the weight is the model's share, from 0 to 1, got {w}" for w in weights if not 0 <= w <= 1]
 
-    def measure(self, study: Study, weights: Sequence[float], cfg: PleasConfig) -> PleasState:
+    def measure(self, study: Study, settings: Settings[PleasConfig]) -> PleasState:
         """Match the units, choose those that stay apart, and take the second moments of both models' activations."""
         from ..sites import sites
         from ._aligned import Aligned
         from ._data import Spool
 
+        cfg = settings.whole.cfg
         aligned = Aligned.of(study.models, cfg.layout, cfg.seed, cfg.sweeps)
         wider, patch = _wider(aligned, cfg)
         linear = {site.name for site in sites(study.model, "all-linear", kinds=("linear", "conv1d"))}

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from ..engine.increments import Block
     from ._data import Spool, Study
+    from ._depth import Settings
 
     Array = np.ndarray[Any, Any]
 
@@ -60,6 +61,7 @@ class RegmeanState:
     config=RegmeanConfig,
     paper="Jin et al., 2023, arXiv:2212.09849",
     formula="W = (sum_i w_i G_i)^-1 sum_i w_i G_i W_i, G_i = X_i^T X_i",
+    varies=("shrink", "jitter"),
 )
 class Regmean(DataMethod[RegmeanConfig]):
     """Linear layers by least squares on each model's inputs, all else averaged."""
@@ -72,7 +74,7 @@ class Regmean(DataMethod[RegmeanConfig]):
     def problems(self, weights: Sequence[float], cfg: RegmeanConfig) -> list[str]:
         return ["regmean averages: no weight may be negative, and one must be positive"] * (min(weights) < 0 or max(weights) == 0)
 
-    def measure(self, study: Study, weights: Sequence[float], cfg: RegmeanConfig) -> RegmeanState:
+    def measure(self, study: Study, settings: Settings[RegmeanConfig]) -> RegmeanState:
         """G of every model for the linear layers that any of them changes."""
         from ..engine.statistics import gathered
         from ..sites import sites

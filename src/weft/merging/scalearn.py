@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from ..engine.increments import Block, Target
     from ._data import Study
+    from ._depth import Settings
     from ._learned import Spread
 
     Array = np.ndarray[Any, Any]
@@ -63,6 +64,7 @@ class ScalearnState:
     config=ScalearnConfig,
     paper="Frohmann et al., 2023, arXiv:2310.01217",
     formula="W = W_0 + sum_s diag(w_s) tau_s, w = argmin of the loss on the data",
+    varies=("start",),
 )
 class Scalearn(DataMethod[ScalearnConfig]):
     """The sources' contributions to each output, each with a scale that is learned on data."""
@@ -70,17 +72,20 @@ class Scalearn(DataMethod[ScalearnConfig]):
     def problems(self, weights: Sequence[float], cfg: ScalearnConfig) -> list[str]:
         return ["scalearn learns how much each source counts; leave the weights out"] * any(w != 1 for w in weights)
 
+    def fixed(self, cfg: ScalearnConfig) -> dict[str, str]:
+        return {"start": "with shared, layers have the same scales"} if cfg.shared else {}
+
     def weighted(self, cfg: ScalearnConfig) -> bool:
         return cfg.uniform
 
-    def measure(self, study: Study, weights: Sequence[float], cfg: ScalearnConfig) -> ScalearnState:
+    def measure(self, study: Study, settings: Settings[ScalearnConfig]) -> ScalearnState:
         """The scales of each source on every tensor."""
         from ._learned import learn
 
         study.require_labels("scalearn")
-        spreads = {name: _spread(study, target, cfg) for name, target in study.models.targets.items()}
-        start = 2 / len(weights) if cfg.start is None else cfg.start
-        return ScalearnState(learn(study, spreads, start, steps=cfg.steps, lr=cfg.lr), spreads)
+        cfg = settings.whole.cfg
+        spreads = {name: _spread(study, target, settings.at(target).cfg) for name, target in study.models.targets.items()}
+        return ScalearnState(learn(study, spreads, steps=cfg.steps, lr=cfg.lr), spreads)
 
     def coefficients(self, weights: Sequence[float], cfg: ScalearnConfig, state: ScalearnState, target: Target) -> list[float]:
         return [float(c) for c in state.scales[target.name][:, 0]]
@@ -106,7 +111,8 @@ def _spread(study: Study, target: Target, cfg: ScalearnConfig) -> Spread:
     site = study.site(target)
     axis = None if cfg.uniform or site is None else _OUTPUTS.get(site.kind)
     layer = target.name if site is None else site.module
+    start = 2 / len(study.models.updates) if cfg.start is None else cfg.start
     if axis is None:
-        return Spread("all" if cfg.shared else layer)
+        return Spread("all" if cfg.shared else layer, start)
     size = target.shape[axis]
-    return Spread(f"{size} outputs" if cfg.shared else f"{layer} ({size})", axis, size)
+    return Spread(f"{size} outputs" if cfg.shared else f"{layer} ({size})", start, axis, size)

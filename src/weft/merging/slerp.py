@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ..engine.increments import Block, Increments, Target
+    from ._depth import Settings
 
     Array = np.ndarray[Any, Any]
 
@@ -59,6 +60,7 @@ class SlerpConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     config=SlerpConfig,
     paper="Shoemake, 1985, SIGGRAPH",
     formula="v = sin((1 - t) phi)/sin(phi) v_1 + sin(t phi)/sin(phi) v_2, phi the angle between v_1 and v_2",
+    varies=("t",),
 )
 class Slerp(MergeMethod[SlerpConfig]):
     """Two models, interpolated along the great circle between their tensors."""
@@ -73,19 +75,18 @@ class Slerp(MergeMethod[SlerpConfig]):
     def coefficients(self, weights: Sequence[float], cfg: SlerpConfig, state: State | None, target: Target) -> list[float]:
         return [1 - cfg.t, cfg.t]
 
-    def prepare(self, models: Increments, weights: Sequence[float], cfg: SlerpConfig) -> State | None:
-        if cfg.t in (0, 1):
+    def prepare(self, models: Increments, settings: Settings[SlerpConfig]) -> State | None:
+        cfg, t = settings.whole.cfg, {name: settings.at(target).cfg.t for name, target in models.targets.items()}
+        if all(each in (0, 1) for each in t.values()):
             return None
         if cfg.space == "weights":
             _check_weights_known(models)
         products = inner_products(models, partial(_vectors, models, cfg))
-        return models, {name: _shares(gram, cfg.t) for name, gram in products.items()}
+        return models, {name: _shares(gram, t[name]) for name, gram in products.items()}
 
-    def merge(self, taus: list[Array], weights: Sequence[float], cfg: SlerpConfig, state: State | None, block: Block) -> Array:
+    def merge(self, taus: list[Array], weights: Sequence[float], cfg: SlerpConfig, state: State, block: Block) -> Array:
         import numpy as np
 
-        if state is None:
-            return taus[int(cfg.t)]
         models, shares = state
         first, second, rest = shares[block.target.name]
         out = first * taus[0].astype(np.float64) + second * taus[1].astype(np.float64)

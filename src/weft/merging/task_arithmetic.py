@@ -31,6 +31,7 @@ class TaskArithmeticConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unk
     config=TaskArithmeticConfig,
     paper="Ilharco et al., 2022, arXiv:2212.04089",
     formula="theta = theta_0 + scale sum_i w_i tau_i",
+    varies=("scale",),
 )
 class TaskArithmetic(LinearMethod[TaskArithmeticConfig]):
     """The sum of the increments, each with a weight."""

@@ -4,9 +4,9 @@ Yadav et al. 2023, arXiv 2306.01708. For models i = 1..n with increments tau_i a
 
 1. Trim. t_i keeps the entries of tau_i with |tau_i| >= h_i and is 0 elsewhere, where h_i is the k-th largest magnitude,
    k = max(1, floor(density * d)). d counts the entries of all tensors that model i changes (trim = "global", as in the
-   paper) or of the one tensor at hand (trim = "tensor"). Entries exactly as large as h_i are all kept, so ties at the
-   threshold can make it a few more than k. (The authors' code keeps the (k + 1)-th as well.) Magnitudes of F64 tensors are
-   compared as float32.
+   paper) or of the one tensor at hand (trim = "tensor", and only then may density vary over depth). Entries exactly as
+   large as h_i are all kept, so ties at the threshold can make it a few more than k. (The authors' code keeps the
+   (k + 1)-th as well.) Magnitudes of F64 tensors are compared as float32.
 2. Elect. m = sum_i t_i (elect = "mass") or sum_i sign(t_i) (elect = "count"); the sign is plus where m > 0 and minus where
    m < 0. Where m = 0 (the models cancel exactly, or changed nothing) it is the sign of the majority: plus if m > 0 at
    more entries of the whole model than m < 0, else minus. `elect_weighted` uses w_i t_i in place of t_i, here and below.
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ..engine.increments import Increments, Target
+    from ._depth import Settings
 
     Array = np.ndarray[Any, Any]
 
@@ -69,6 +70,7 @@ class TiesState:
     config=TiesConfig,
     paper="Yadav et al., 2023, arXiv:2306.01708",
     formula="theta = theta_0 + scale mean_{i: sign(t_i) = s} w_i t_i, t_i = top-k(tau_i), s = sign(sum_i t_i)",
+    varies=("density", "scale"),
 )
 class Ties(MergeMethod[TiesConfig]):
     """Trim each increment, elect a sign for each entry, average those that agree."""
@@ -76,9 +78,12 @@ class Ties(MergeMethod[TiesConfig]):
     def problems(self, weights: Sequence[float], cfg: TiesConfig) -> list[str]:
         return ["normalize: every weight must be positive"] if cfg.normalize and min(weights) <= 0 else []
 
-    def prepare(self, models: Increments, weights: Sequence[float], cfg: TiesConfig) -> TiesState:
-        thresholds = _thresholds(models, cfg)
-        return TiesState(thresholds, majority_is_plus(models, lambda target: election(weights, cfg, least=thresholds[target.name])))
+    def fixed(self, cfg: TiesConfig) -> dict[str, str]:
+        return {"density": "trim=global ranks the entries of all tensors together; trim=tensor does not"} if cfg.trim == "global" else {}
+
+    def prepare(self, models: Increments, settings: Settings[TiesConfig]) -> TiesState:
+        thresholds = _thresholds(models, settings)
+        return TiesState(thresholds, majority_is_plus(models, lambda target: election(*settings.at(target), least=thresholds[target.name])))
 
     def combination(self, weights: Sequence[float], cfg: TiesConfig, state: TiesState, target: Target) -> Combination:
         return election(weights, cfg, least=state.thresholds[target.name], zero_is_plus=state.zero_is_plus)
@@ -98,12 +103,13 @@ def majority_is_plus(models: Increments, rule: Callable[[Target], Combination]) 
     return len(models.updates) > 1 and models.balance(rule) > 0  # one model cannot cancel itself
 
 
-def _thresholds(models: Increments, cfg: TiesConfig) -> dict[str, list[float]]:
+def _thresholds(models: Increments, settings: Settings[TiesConfig]) -> dict[str, list[float]]:
     """h_i of every tensor; infinity where a model changes nothing."""
+    cfg = settings.whole.cfg
     if cfg.trim == "global":
         each = [_threshold(models.each(i), models.close(i), models.size(i), cfg) for i in range(len(models.updates))]
         return dict.fromkeys(models.targets, each)
-    found = in_threads((partial(_of_tensor, models, target, cfg) for target in models.targets.values()), models.threads)
+    found = in_threads((partial(_of_tensor, models, target, settings.at(target).cfg) for target in models.targets.values()), models.threads)
     return dict(zip(models.targets, found, strict=True))
 
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from ..engine.increments import Block, Increments, Target
     from ._aligned import Aligned
+    from ._depth import Settings
 
     Array = np.ndarray[Any, Any]
 
@@ -63,10 +64,11 @@ class WeightMatching(MergeMethod[WeightMatchingConfig]):
     def default_weight(self, count: int) -> float:
         return 1.0 / (count + 1)
 
-    def prepare(self, models: Increments, weights: Sequence[float], cfg: WeightMatchingConfig) -> Aligned:
+    def prepare(self, models: Increments, settings: Settings[WeightMatchingConfig]) -> Aligned:
         """The models in the base's order."""
         from ._aligned import Aligned
 
+        cfg = settings.whole.cfg
         return Aligned.of(models, cfg.layout, cfg.seed, cfg.sweeps)
 
     def targets(self, targets: Sequence[Target], state: Aligned) -> list[Target]:
