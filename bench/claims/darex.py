@@ -112,7 +112,7 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
             mine = [one for one in found if one["task"] == task and one["way"] == way]
             axes.plot([str(one["drop"]) for one in mine], [one["perplexity"] for one in mine], marker="o", label=way)
         axes.axhline(next(one["was"] for one in found if one["task"] == task), color="grey", linestyle=":", label="nothing dropped")
-        axes.set(title=task, xlabel="share of entries dropped", ylabel="perplexity of right answers", yscale="log")
+        axes.set(title=task, xlabel="share of entries dropped", ylabel="perplexity of right answers")
         axes.legend()
     figure.savefig(path)
 

@@ -106,7 +106,7 @@ def main() -> None:
     plot = parser.parse_args().plot
     if plot is not None:
         try:
-            from matplotlib import pyplot
+            from matplotlib.figure import Figure
         except ImportError:
             parser.error("--plot needs matplotlib: pip install 'weft[plots]'")
     a, b = trained(0), trained(1)
@@ -116,12 +116,13 @@ def main() -> None:
     for name, other in (("as trained", b), ("matched", near)):
         print(f"| {name} | {barrier(a, other):.3f} | {distance(a, other):.1f} | {overlap(a, other):.3f} |")
     if plot is not None:
-        for name, other in (("as trained", b), ("matched", near)):
-            pyplot.plot(np.linspace(0, 1, POINTS), losses(a, other), label=name)
-        pyplot.xlabel("from the first network to the second")
-        pyplot.ylabel("loss on unseen digits")
-        pyplot.legend()
-        pyplot.savefig(plot)
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        axes = figure.subplots()
+        for name, other, mark in (("as trained", b, "o-"), ("matched", near, "s-")):
+            axes.plot(np.linspace(0, 1, POINTS), losses(a, other), mark, label=name)
+        axes.set(xlabel="from the first network (0) to the second (1)", ylabel="loss on unseen digits", ylim=(0, None))
+        axes.legend()
+        figure.savefig(plot, dpi=100)
 
 
 if __name__ == "__main__":
