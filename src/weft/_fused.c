@@ -322,6 +322,9 @@ static void combine(const Rule *rule, int bf16, const void *const *at, uint64_t 
     (bf16 ? combine16 : combine32)(rule, room->ends[n], room->ends, drawn, GROUP, room->taus, out ? out + whole : NULL, seen);
 }
 
+/* Which arguments the functions here take: _fused.py uses them only if it knows this number. */
+PUBLIC int weft_loops(void) { return 2; }
+
 /* The combination of models in memory, from entry `start` of their tensor on; the base stands behind the models. 1: an increment is not finite.
  * -1: no memory. */
 PUBLIC int weft_combined(int n, const float *numbers, const uint64_t *keys, uint32_t dropped, int elect, int zero_is_plus, int bf16,

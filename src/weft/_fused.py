@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 _PIECE = 1 << 15
 """Entries that numpy works on at a time, so that they stay in cache."""
 
+_LOOPS = 2
+"""What `weft_loops` of the compiled file says; of one that was left behind by another version the arguments would be others."""
+
 _NONE, _MASS, _COUNT = range(3)
 _INFINITY = float("inf")
 
@@ -36,6 +39,8 @@ def _compiled() -> Any:
     """The compiled functions; None where there are none."""
     with suppress(OSError, AttributeError, ImportError):
         library = ctypes.CDLL(str(import_module("weft._fused_loops").__file__))
+        if library.weft_loops() != _LOOPS:
+            return None
         number, pointer, size, word = ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint64
         rule: list[Any] = [number, pointer, pointer, ctypes.c_uint32, number, number, number]
         library.weft_combined.argtypes = [*rule, pointer, word, size, pointer]
