@@ -139,6 +139,7 @@ def peak(name: str, args: argparse.Namespace, dtype: str) -> None:
         before(input_ids=torch.zeros((1, 8), dtype=torch.long))
     del before
     import peft  # noqa: F401
+
     import weft.attaching  # noqa: F401
 
     model_size = sum(p.nbytes for p in build(args, dtype).parameters()) / 2**20

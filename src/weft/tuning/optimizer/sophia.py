@@ -66,7 +66,7 @@ class Sophia(Stages, torch.optim.Optimizer):
         if run.step % self.cfg.every == 0:
             estimate = gauss_newton_bartlett if self.cfg.estimator == "gnb" else hutchinson
             with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):  # the step itself draws what it would without this
-                self.curvature(estimate(run, parts, list(run.tensors.values())))
+                self.curvature(estimate(run, parts, [p for p in run.tensors.values() if p.requires_grad]))  # a space may let some sleep
 
     @torch.no_grad()
     def curvature(self, found: Mapping[nn.Parameter, torch.Tensor]) -> None:
