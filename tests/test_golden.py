@@ -33,6 +33,7 @@ IDS = {
     "relative": "ca2b725b122ab2fcd907b3f57b6c8b2fd7065bc236c0ef1bc07b42e762458c8b",
     "structure": "8437b7e746d99a757fb1bd0a63e41bf982bde4b1ba26b23ef2e9eb003f0a5463",
     "references": "134efe219cf457405ae5bc7de911c9b4e8360712ec8e3cbc3526fdd673bc9641",
+    "pools": "38323d3b23c75209ba83509d11ecde4767fd4b0ae86256216a88c7ad0fb2269d",
     "replay": "ef468664f745c79237ee9eb74c9f790cfabcff079181a34193776cb91f016c27",
     "flipped": "79daa191d9092060da5a2d1cc20d9364c87bee6668a918c85e6d1cd9fb41c1f8",
     "live": "91cbd59db8e5a96b9551313e75098f550b70e903b5953c58398caf0a8c8bce77",
@@ -199,7 +200,8 @@ class Mini:
         if isinstance(ref, str):
             return array(self.tensors[ref])
         rows = array(self.tensors[ref["take"]]).reshape(-1)
-        return array(self.tensors[ref["key"]])[rows].reshape(ref["shape"])
+        taken = array(self.tensors[ref["key"]])[rows].reshape(ref["shape"])
+        return taken.T if ref.get("transpose") else taken
 
     def fields(self, entry: dict[str, Any], w: np.ndarray) -> dict[str, np.ndarray]:
         found = {field: self.stored(ref) for field, ref in entry["t"].items()}
@@ -319,6 +321,34 @@ class Mini:
         a = mixture(random_key(seed, 2 * stream), t["a"], rank * columns, 0, rank * columns).reshape(rank, columns)
         b = mixture(random_key(seed, 2 * stream + 1), t["b"], total * rank, first * rank, rows * rank).reshape(rows, rank)
         return self.added(w, cfg, self.product(b, a))
+
+    def fastfood(self, w: Any, t: Any, cfg: Any) -> Any:
+        length = max(64, 1 << (len(t["coef"]) - 1).bit_length())
+        one, two = (random_key(cfg.get("seed", 0), 2 * cfg.get("stream", 0) + k) for k in (0, 1))
+        a, c, half = one % length | 1, (one >> 32) % length, length.bit_length() // 2
+
+        def place(i: int) -> int:
+            u = (a * i + c) % length
+            return (a * (u ^ (u >> half)) + c) % length
+
+        def hadamard(x: list[float]) -> list[float]:
+            h = 1
+            while h < length:
+                for i in range(length):
+                    if i % (2 * h) < h:
+                        x[i], x[i + h] = x[i] + x[i + h], x[i] - x[i + h]
+                h *= 2
+            return x
+
+        out: list[float] = []
+        z = [*map(float, t["coef"]), *[0.0] * (length - len(t["coef"]))]
+        first = cfg.get("first", 0)
+        while len(out) < first + w.size:
+            start = len(out)
+            inner = hadamard([(1 - 2 * (word(one, start + i) >> 63)) * z[i] for i in range(length)])
+            out += [value / sqrt(length) for value in hadamard([TABLE[word(two, start + i) % 65536] * inner[place(i)] for i in range(length)])]
+        change = np.array(out[first : first + w.size]).astype(w.dtype).astype(np.float64) * (float(t["gain"][0]) if "gain" in t else 1.0)
+        return self.added(w, cfg, change)
 
     # section 4 and 6
 

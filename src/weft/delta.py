@@ -522,6 +522,12 @@ class Builder:
         self._tensors[key] = hold(value)
         return Ref(key)
 
+    def pick(self, pool: Ref, positions: Any, shape: tuple[int, ...], *, transpose: bool = False) -> Ref:
+        """Rows of a shared tensor at `positions` (I64 or I32), reshaped to `shape`, then with its two axes exchanged: to use as a field of one op."""
+        key = f"//{len(self._tensors)}"  # until `done`, which names it after its field
+        self._tensors[key] = hold(positions)
+        return Ref(pool.key, key, shape, transpose)
+
     def blob(self, name: str, data: bytes) -> None:
         """Store bookkeeping bytes as the U8 tensor `@blob/NAME`."""
         import numpy as np

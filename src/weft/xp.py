@@ -367,6 +367,33 @@ def uniforms(like: Array, key_: int, start: int, count: int) -> Array:
     return cast((_words(like, key_, start, count) >> 11) & ((1 << 53) - 1), "float64") * 2.0**-53
 
 
+def signs(like: Array, key_: int, start: int, count: int) -> Array:
+    """Random signs `start`..`start+count` of the sequence `key_`, 1 or -1 by the highest bit of each word, float32 in the engine of `like`."""
+    return 1 - 2 * cast((_words(like, key_, start, count) >> 63) & 1, "float32")
+
+
+def scrambled(like: Array, key_: int, size: int) -> Array:
+    """A pseudo-random permutation of 0..size-1 by a key, `size` a power of two up to 2^31, in the engine of `like`.
+
+    i -> a i + c, i xor (i >> h), a i + c, all modulo the size, with a odd and h half of the size's bits, rounded up.
+    """
+
+    def places() -> Array:
+        if is_torch(like):
+            import torch
+
+            return torch.arange(size, dtype=torch.int64, device=like.device)
+        import numpy as np
+
+        return np.arange(size, dtype=np.int64)
+
+    i = places()
+    a, c, half = key_ % size | 1, (key_ >> 32) % size, size.bit_length() // 2
+    i = (i * a + c) % size
+    i = i ^ (i >> half)
+    return (i * a + c) % size
+
+
 def sixteen_bits(key_: int, start: int, count: int) -> Array:
     """Uniform integers below 65,536, `start`..`start+count` of the sequence `key_`, as a numpy array: four from each word, lowest bits first."""
     import numpy as np

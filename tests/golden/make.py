@@ -117,6 +117,17 @@ def references(base: Base) -> Delta:
     return 0.5 * build.done() + -2.0 * turned.done()
 
 
+def pools(base: Base) -> Delta:
+    """A pool in whose rows a factor's columns are, and coefficients that two targets share."""
+    build = Builder(base)
+    pool, coef = build.share("pool", numbers(5, 2)), build.share("coef", numbers(3, start=4))
+    build.put("a.weight", "lowrank", {"A": numbers(2, 3), "B": build.pick(pool, np.array([4, 0, 3, 0], np.int32), (2, 4), transpose=True)}, scale=0.5)
+    build.put("wide.weight", "fastfood", {"coef": coef, "gain": numbers(1, start=9)}, seed=2**50, stream=2)
+    build.put("half.weight", "fastfood", {"coef": coef}, scale=0.25)
+    build.put("conv.weight", "fastfood", {"coef": numbers(70)}, scale=1e-3, stream=1, first=125)
+    return build.done(recipe={"verb": "golden"})
+
+
 def replay(base: Base) -> Delta:
     build = Builder(base)
     build.put("steps", "assign", {"values": np.arange(5)[::-1].copy()})
@@ -149,7 +160,7 @@ def live(base: Base) -> Delta:
     )
 
 
-DELTAS = (tiny, additive, factors, axes, relative, structure, references, replay, flipped, live)
+DELTAS = (tiny, additive, factors, axes, relative, structure, references, pools, replay, flipped, live)
 
 
 def write_all(folder: Path) -> dict[str, str]:

@@ -36,7 +36,10 @@ def _resolve(ref: Ref, get: Get, like: Array) -> Array:
 def gathered(ref: Ref, get: Get) -> Array:
     """The array that a reference stands for, as stored."""
     value = get(ref.key)
-    return value if ref.take is None else xp.take(value, get(ref.take).reshape(-1)).reshape(ref.shape)
+    if ref.take is None:
+        return value
+    taken = xp.take(value, get(ref.take).reshape(-1)).reshape(ref.shape)
+    return xp.permute_axes(taken, (1, 0)) if ref.transpose else taken
 
 
 def _is_float(x: Array) -> bool:
@@ -158,7 +161,7 @@ def _taken(ref: Ref, info: Mapping[str, Info]) -> Shape:
     entries = prod(index.shape) * prod(pool.shape[1:])
     if ref.shape is None or prod(ref.shape) != entries:
         raise ValueError(f"{ref.key} taken at {list(index.shape)} positions has {entries} entries, not the shape {list(ref.shape or ())}")
-    return ref.shape
+    return ref.shape[::-1] if ref.transpose else ref.shape
 
 
 def streams(shape: Shape, ops: Sequence[OpEntry]) -> bool:

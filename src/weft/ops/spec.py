@@ -45,11 +45,12 @@ def sizes(value: Json, where: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Ref:
-    """Where an op's field comes from: the tensor `key`, or its rows at the positions in tensor `take`, reshaped."""
+    """Where an op's field comes from: the tensor `key`, or its rows at the positions in tensor `take`, reshaped (and then transposed: two axes)."""
 
     key: str
     take: str | None = None
     shape: tuple[int, ...] | None = None
+    transpose: bool = False
 
     def tensor_keys(self) -> tuple[str, ...]:
         return (self.key,) if self.take is None else (self.key, self.take)
@@ -57,14 +58,17 @@ class Ref:
     def json(self) -> Json:
         if self.take is None:
             return self.key
-        return {"key": self.key, "take": self.take, "shape": list(self.shape or ())}
+        return {"key": self.key, "take": self.take, "shape": list(self.shape or ()), **({"transpose": True} if self.transpose else {})}
 
     @classmethod
     def parse(cls, obj: Json, where: str) -> Ref:
         if isinstance(obj, str):
             return cls(_text(obj, where))
-        obj = _fields(obj, where, {"key", "take", "shape"}, set())
-        return cls(_text(obj["key"], where), _text(obj["take"], where), sizes(obj["shape"], where))
+        obj = _fields(obj, where, {"key", "take", "shape"}, {"transpose"})
+        shape = sizes(obj["shape"], where)
+        if "transpose" in obj and (obj["transpose"] is not True or len(shape) != 2):
+            raise FormatError(f"{where}: transpose is true for a shape of two axes or not there, got {str(obj['transpose'])[:60]} for {list(shape)}")
+        return cls(_text(obj["key"], where), _text(obj["take"], where), shape, "transpose" in obj)
 
 
 Index = int | tuple[int, int]
