@@ -27,6 +27,7 @@ from ..engine.surroundings import default_device, surroundings
 from ..errors import InputError, UsageError
 from ..names import NameMap
 from ..ops import Generator
+from ..stored import read_container, strict_json
 from .objective import Objective, head_tensors
 from .space import Job, Space
 
@@ -113,12 +114,21 @@ def tune(
         frame = replace(build.done(), config=dict(goal.patch))  # the structure that is trained, before the space adds to it
         live = bool(getattr(chosen["space"].run, "live", False))
         model = _model(base, goal, [*before, frame], "float32" if live and dtype is None else dtype, device)
-        job = Job(base, model, NameMap.of(base, model, [*before, frame]), Generator(xp.key(seed, _DELTA)), head)
+
+        def run_of(values: dict[str, nn.Parameter], loop: LoopConfig, hooks: Sequence[Hooks]) -> Run:
+            made = chosen["optimizer"].run(values, configs["optimizer"])
+            return Run(model, goal, values, made, partial(_factor, chosen["schedule"].run, configs["schedule"]), loop, seed, hooks)
+
+        def trial(values: dict[str, nn.Parameter], steps: int) -> None:
+            train(run_of(values, msgspec.structs.replace(configs["loop"], **({"steps": steps} if steps else {})), ()), Events())
+
+        earlier = {} if resume is None else _found_before(Path(resume), base)
+        job = Job(base, model, NameMap.of(base, model, [*before, frame]), Generator(xp.key(seed, _DELTA)), head, goal, configs["loop"], trial, earlier)
         with borrowing.borrowed(model):
             active = attach(model, before, base=base)
             try:
                 if live:
-                    _fill(job)
+                    job.fill()
                 space: Space = chosen["space"].run(configs["space"], job)
                 space.build(build)
                 if not live:
@@ -131,16 +141,7 @@ def tune(
                 goal.check(model)
                 _try_out(model, goal, next(iter(tensors.values())).device)
                 hooks: list[Hooks] = [space, *(chosen[name].run(configs[name], job, space) for name in guards)]
-                run = Run(
-                    model,
-                    goal,
-                    tensors,
-                    chosen["optimizer"].run(tensors, configs["optimizer"]),
-                    partial(_factor, chosen["schedule"].run, configs["schedule"]),
-                    configs["loop"],
-                    seed,
-                    hooks,
-                )
+                run = run_of(tensors, configs["loop"], hooks)
                 recipe = _recipe(choices, guards, configs, seed, data_hash(rows), tokenizer, model)
                 identity = {"base": base.fingerprint, "over": [delta.id for delta in before], **recipe}
                 summary = train(
@@ -220,13 +221,13 @@ def _model(base: Base, goal: Objective, deltas: Sequence[Delta], dtype: str | to
     return base.model(deltas, dtype=dtype, device=default_device() if device is None else device, auto_class=goal.architecture)
 
 
-def _fill(job: Job) -> None:
-    """Put the head's starting values into the model."""
-    live = job.model.state_dict(keep_vars=True)
-    with torch.no_grad():
-        for name, values in job.head.items():
-            for place in job.names.live(name):
-                live[place.name].copy_(xp.to_torch(values))
+def _found_before(path: Path, base: Base) -> dict[str, torch.Tensor]:
+    """What the space kept in the state of a run on the same base; whether it may be gone on from is for the loop to say."""
+    stored, metadata = read_container(path)
+    identity = strict_json(metadata.get("weft_state", "{}"), str(path)).get("identity", {})
+    if identity.get("base") != base.fingerprint:
+        return {}
+    return {name.removeprefix("hook/0/"): xp.to_torch(value.read()) for name, value in stored.items() if name.startswith("hook/0/")}
 
 
 def _main_process() -> bool:

@@ -22,9 +22,10 @@ from torch import nn
 
 from ... import xp
 from ...delta import Builder, Delta
-from ...engine.loop import Hooks
+from ...engine.loop import Hooks, LoopConfig, Objective
 from ...errors import UsageError
 from ...ops import At, Generator, OpEntry, chain
+from ...ops.op import flat_shape
 from ...sites import Site, sites
 
 if TYPE_CHECKING:
@@ -56,6 +57,9 @@ class Job:
     base, model, names: the base, the model built from it, and the map between their names
     gen:                random numbers for what the delta starts from
     head:               the tensors that the objective adds: trained whatever the space is
+    goal, loop:         the objective, and how much is trained at a time: for what a space wants to know of the data before it starts
+    trial:              `trial(parameters, steps)` trains parameters of the model as the run will (0 steps: as many), and says nothing of it
+    earlier:            what the space's `state` gave in the run that is resumed: what it found out from the data need not be found again
     delta, handle:      the delta as it was built, and its handle on the model; None until it is attached
     """
 
@@ -64,6 +68,10 @@ class Job:
     names: NameMap
     gen: Generator
     head: Mapping[str, Any] = field(default_factory=dict)
+    goal: Objective | None = None
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    trial: Callable[[dict[str, nn.Parameter], int], None] | None = None
+    earlier: Mapping[str, torch.Tensor] = field(default_factory=dict)
     delta: Delta | None = None
     handle: Handle | None = None
 
@@ -95,24 +103,50 @@ class Job:
             raise UsageError(f"no tensor of {self.base.source} belongs to what {select!r} selects", hint="choose other targets")
         return list(found.values())
 
+    def matrices(self, select: str | Sequence[str], exclude: str | Sequence[str] = ()) -> list[Part]:
+        """The `parts` that a product of matrices may change: weights of linear modules, convolutions and embeddings, stacked experts.
+
+        UsageError if a chosen part has less than two axes.
+        """
+        found = self.parts(select, exclude, kinds=("linear", "conv1d", "conv", "embedding", "parameter"))
+        for part in found:
+            if len(part.shape) < 2:
+                raise UsageError(f"matrices are changed here, but {part.target} has shape {list(part.shape)}", hint=f"-p exclude={part.site.role}")
+        return found
+
     def _shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.base.tensor(name).shape)
+
+    def fill(self) -> None:
+        """Put the head's starting values into the model."""
+        live = self.model.state_dict(keep_vars=True)
+        with torch.no_grad():
+            for name, values in self.head.items():
+                for place in self.names.live(name):
+                    live[place.name].copy_(xp.to_torch(values))
 
     def weight(self, part: Part) -> torch.Tensor:
         """The base's values of a part, float32, on the CPU."""
         value: torch.Tensor = xp.cast(xp.to_torch(self.base.tensor(part.target).read()), "float32")
         return part.at.get(value) if part.at else value
 
+    def singular(self, part: Part) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """U (rows x k), s (k, falling) and V^T (k x columns) of a part as a matrix, first axis by the others, with k its smaller side."""
+        u, s, v = torch.linalg.svd(self.weight(part).reshape(flat_shape(part.shape)), full_matrices=False)
+        return u, s, v
+
 
 class Space(Hooks):
     """Base of all spaces.
 
-    live: trains the model's own parameters, so the model is float32 and nothing is attached
-    lr:   a peak learning rate that suits the space with AdamW, used where none is given
+    live:   trains the model's own parameters, so the model is float32 and nothing is attached
+    lr:     a peak learning rate that suits the space with AdamW, used where none is given
+    frozen: fields of its ops that stay what they are at the start, although the ops could train them
     """
 
     live: bool = False
     lr: float = 1e-3
+    frozen: frozenset[str] = frozenset()
 
     def __init__(self, cfg: msgspec.Struct, job: Job) -> None:
         self.job = job
@@ -124,7 +158,10 @@ class Space(Hooks):
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """What is trained, by name: the tensors of the attached delta that take gradients."""
-        _, handle = self.job.attached
+        delta, handle = self.job.attached
+        still = {ref.key for entry in delta.entries.values() for op in entry.ops for name, ref in op.t.items() if name in self.frozen}
+        for key in still:
+            handle.tensors()[key].requires_grad_(False)
         return {key: value for key, value in handle.tensors().items() if isinstance(value, nn.Parameter) and value.requires_grad}
 
     def finish(self) -> Delta:
@@ -156,17 +193,17 @@ def square_of_change(ops: Sequence[OpEntry], tensors: Mapping[str, torch.Tensor]
     """
     if len(ops) == 1 and ops[0].op == "lowrank" and ops[0].at is None and not any(ref.take for ref in ops[0].t.values()):
         t = {name: tensors[ref.key] for name, ref in ops[0].t.items()}
-        total = _inner(t["B"], t["A"], t["B"], t["A"])
+        total = inner(t["B"], t["A"], t["B"], t["A"])
         if "A0" in t:
-            total = total - 2 * _inner(t["B"], t["A"], t["B0"], t["A0"]) + _inner(t["B0"], t["A0"], t["B0"], t["A0"])
+            total = total - 2 * inner(t["B"], t["A"], t["B0"], t["A0"]) + inner(t["B0"], t["A0"], t["B0"], t["A0"])
         return total * float(ops[0].cfg.get("scale", 1.0)) ** 2
-    if len(ops) == 1 and ops[0].op == "dense":
+    if len(ops) == 1 and ops[0].op in ("dense", "sparse"):
         return tensors[ops[0].t["values"].key].square().sum() * float(ops[0].cfg.get("scale", 1.0)) ** 2
     w = start()
     change: torch.Tensor = chain.apply_chain(w, ops, lambda key: tensors[key]) - w
     return change.square().sum()
 
 
-def _inner(b: torch.Tensor, a: torch.Tensor, d: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+def inner(b: torch.Tensor, a: torch.Tensor, d: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     """<b a, d c> = tr((b^T d)(c a^T))."""
     return ((b.T @ d) * (a @ c.T)).sum()

@@ -14,11 +14,9 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import msgspec
-import torch
 
 from ...delta import Builder
 from ...engine.loop import Run
-from ...errors import UsageError
 from ...methods import method
 from ...ops import lowrank, magnitude
 from . import Job, Part, Space
@@ -47,9 +45,7 @@ class LoRA(Space):
 
     def build(self, build: Builder) -> None:
         scale = self.cfg.alpha / (self.cfg.rank**0.5 if self.cfg.rslora else self.cfg.rank)
-        for part in self.job.parts(self.cfg.targets, self.cfg.exclude, kinds=("linear", "conv1d", "conv", "embedding", "parameter")):
-            if len(part.shape) < 2:
-                raise UsageError(f"LoRA changes matrices, but {part.target} has shape {list(part.shape)}", hint=f"-p exclude={part.site.role}")
+        for part in self.job.matrices(self.cfg.targets, self.cfg.exclude):
             part.put(build, "lowrank", self._factors(part, scale), scale=scale)
             if self.cfg.dora:
                 axis = 1 if part.site.kind == "conv1d" else 0
@@ -61,8 +57,7 @@ class LoRA(Space):
     def _factors(self, part: Part, scale: float) -> dict[str, Any]:
         if self.cfg.init == "uniform":
             return lowrank.OP.init(part.shape, self.job.gen, rank=self.cfg.rank)
-        w = self.job.weight(part)
-        u, s, v = torch.linalg.svd(w.reshape(w.shape[0], -1), full_matrices=False)
+        u, s, v = self.job.singular(part)
         root = (s[: self.cfg.rank] / scale).sqrt()
         b, a = u[:, : self.cfg.rank] * root, root[:, None] * v[: self.cfg.rank]
         return {"A": a, "B": b, "A0": a, "B0": b}
