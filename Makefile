@@ -9,7 +9,7 @@ export TOKENIZERS_PARALLELISM = false
 # OpenMP threads that wait must not spin: on a shared machine spinning made a training step three times slower
 export GOMP_SPINCOUNT = 0
 
-.PHONY: demo test test-fast lint docs pictures clean
+.PHONY: demo test test-all test-fast lint docs pictures clean
 
 demo: $(STAMP)
 	$(BIN)/weft demo --out demo-out
@@ -19,6 +19,10 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --cov --cov-report=
 	$(BIN)/python -m coverage report --skip-covered | tail -n 40
 	$(BIN)/python -m coverage report --fail-under=95 --include='src/weft/ops/*,src/weft/delta.py,src/weft/file.py,src/weft/base.py,src/weft/attaching/*,src/weft/folding.py'
+
+# as `make test`, with every combination of space, optimizer, schedule and guard instead of a pairwise cover of them
+test-all: export WEFT_TEST_ALL = 1
+test-all: test
 
 test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
