@@ -44,7 +44,7 @@ class Bilinear(Op):
         return param == "weight" and layout.of(m) is not None
 
     def forward(self, m: Any, x: Any, y: Any, t: Tensors, cfg: Config, ctx: Any) -> Any:
-        return y + cfg["scale"] * layout.product(m, x, t["A"], t["B"] @ t["M"])
+        return layout.added(m, x, y, t["A"], t["B"] @ t["M"], cfg["scale"])
 
 
 OP = Bilinear()

@@ -42,6 +42,19 @@ def product(m: Any, x: Any, a: Any, b: Any) -> Any:
     return conv(inner, b.reshape(*b.shape, *(1,) * len(m.kernel_size)))
 
 
+def added(m: Any, x: Any, y: Any, a: Any, b: Any, scale: float) -> Any:
+    """y + scale * product(m, x, a, b); for a linear layer in one pass over y, which is most of what a thin product costs."""
+    import torch
+    from torch.nn import functional as F
+
+    layout = of(m)
+    if layout not in ("linear", "conv1d"):
+        return y + scale * product(m, x, a, b)
+    inner, outer = (F.linear(x, a), b.T) if layout == "linear" else (x @ b, a)
+    flat = torch.addmm(y.reshape(-1, y.shape[-1]), inner.reshape(-1, inner.shape[-1]), outer, alpha=scale)
+    return flat.reshape(y.shape)
+
+
 def channels(m: Any, y: Any) -> tuple[int, ...]:
     """The shape that broadcasts a vector over output channels of y."""
     return (-1, *(1,) * len(m.kernel_size)) if of(m) == "conv" else (-1,)

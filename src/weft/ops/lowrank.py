@@ -53,9 +53,10 @@ class LowRank(Op):
         return param == "weight" and layout.of(m) is not None
 
     def forward(self, m: Any, x: Any, y: Any, t: Tensors, cfg: Config, ctx: Any) -> Any:
-        change = layout.product(m, ctx.drop(x), t["A"], t["B"])
-        if "A0" in t:
-            change = change - layout.product(m, x, t["A0"], t["B0"])
+        if "A0" not in t:
+            return layout.added(m, ctx.drop(x), y, t["A"], t["B"], cfg["scale"])
+        # the difference first: a start from a decomposition is then the base to the bit
+        change = layout.product(m, ctx.drop(x), t["A"], t["B"]) - layout.product(m, x, t["A0"], t["B0"])
         return y + cfg["scale"] * change
 
 

@@ -54,9 +54,11 @@ class Svd(Op):
         return param == "weight" and layout.of(m) is not None
 
     def forward(self, m: Any, x: Any, y: Any, t: Tensors, cfg: Config, ctx: Any) -> Any:
-        change = layout.product(m, x, t["Q"] * t["lam"].reshape(-1, 1), t["P"])
-        if "P0" in t:
-            change = change - layout.product(m, x, t["Q0"] * t["lam0"].reshape(-1, 1), t["P0"])
+        inner = t["Q"] * t["lam"].reshape(-1, 1)
+        if "P0" not in t:
+            return layout.added(m, x, y, inner, t["P"], cfg["scale"])
+        # the difference first: a start from a decomposition is then the base to the bit
+        change = layout.product(m, x, inner, t["P"]) - layout.product(m, x, t["Q0"] * t["lam0"].reshape(-1, 1), t["P0"])
         return y + cfg["scale"] * change
 
 

@@ -66,7 +66,7 @@ class Tucker(Op):
         return param == "weight" and layout.of(m) in ("linear", "conv1d", "embedding")
 
     def forward(self, m: Any, x: Any, y: Any, t: Tensors, cfg: Config, ctx: Any) -> Any:
-        return y + cfg["scale"] * layout.product(m, x, t["U1"].T, t["U0"] @ t["core"])
+        return layout.added(m, x, y, t["U1"].T, t["U0"] @ t["core"], cfg["scale"])
 
 
 OP = Tucker()
