@@ -11,10 +11,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 
 from weft.stored import Held, Tensor
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # no test is a matter of how busy the machine is
+hypothesis.settings.load_profile("untimed")
 
 
 class MemoryBase:

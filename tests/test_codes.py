@@ -381,7 +381,7 @@ def test_ternary_is_what_its_page_says(size: int, density: float, form: str) -> 
 
 
 @given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(0, n - 1), max_size=40))), st.sampled_from(["golomb", "bitmask"]))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_positions_survive(shape: tuple[int, list[int]], form: str) -> None:
     size, places = shape
     x = np.zeros(size, np.float32)

@@ -184,7 +184,7 @@ def test_dropped_does_not_go_beyond_its_dtype() -> None:
 # --- Huffman
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.integers(0, 255), min_size=0, max_size=400), st.integers(1, 256), st.binary(max_size=3))
 def test_huffman_against_a_slow_reader(symbols: list[int], size: int, after: bytes) -> None:
     found = np.array([s % size for s in symbols], np.uint8)
@@ -208,7 +208,7 @@ def test_huffman_words_are_the_shortest_and_never_longer_than_the_limit() -> Non
     assert _huffman.unpack(_huffman.pack(symbols, lengths), 60, lengths)[0].tolist() == symbols.tolist()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=60), st.integers(0, 300), st.lists(st.integers(0, 15), min_size=1, max_size=40))
 def test_huffman_survives_any_bytes(data: bytes, count: int, lengths: list[int]) -> None:
     """It gives what the slow reader gives, or a FormatError."""
@@ -233,7 +233,7 @@ def test_huffman_survives_any_bytes(data: bytes, count: int, lengths: list[int])
         assert used == -(-reader.at // 8)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 8), st.lists(st.integers(0, 255), max_size=50))
 def test_numbers_of_one_width(width: int, numbers: list[int]) -> None:
     numbers = [n & ((1 << width) - 1) for n in numbers]
@@ -245,7 +245,7 @@ def test_numbers_of_one_width(width: int, numbers: list[int]) -> None:
         _bits.unpack(data + b"\0", len(numbers), width)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(st.integers(0, 16), st.integers(0, 65535)), max_size=50), st.binary(max_size=2))
 def test_numbers_of_many_widths(fields: list[tuple[int, int]], after: bytes) -> None:
     widths = np.array([w for w, _ in fields], np.int64)

@@ -127,7 +127,7 @@ def test_the_tokenizer_hash_forgets_call_settings_and_nothing_else() -> None:
 # --- order
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=300), size=st.integers(1, 17), seed=st.integers(0, 2**40), bucket=st.booleans())
 def test_batches_hold_every_example_once_and_depend_on_seed_and_epoch_alone(lengths: list[int], size: int, seed: int, bucket: bool) -> None:
     got = batches(lengths, size, seed, 0, bucket=bucket)
@@ -144,7 +144,7 @@ def test_seed_epoch_and_buckets_change_the_order() -> None:
     assert waste[0] < waste[1] / 5
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(lengths=st.lists(st.integers(1, 40), max_size=80))
 def test_packs_hold_each_example_once_and_are_no_two_half_empty(lengths: list[int]) -> None:
     groups = pack(lengths, 40)

@@ -299,7 +299,7 @@ STEPS: dict[str, Callable[[list[Any], int, int], list[Any]]] = {
 }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_traced_blocks_are_where_the_data_is(data: st.DataObject) -> None:
     """Random chains of operations, once on numbers and once traced: every block's two views hold the same numbers."""

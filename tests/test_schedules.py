@@ -32,7 +32,7 @@ def test_these_are_all_the_schedules_tested_here() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(total=st.integers(1, 400), warmup=st.floats(0, 0.9), end=st.floats(0, 1))
 def test_a_schedule_rises_to_one_and_then_never_rises_again(name: str, total: int, warmup: float, end: float) -> None:
     options = {"warmup": warmup} if name == "constant" else {"warmup": warmup, "end": end}
@@ -54,7 +54,7 @@ def test_a_schedule_rises_to_one_and_then_never_rises_again(name: str, total: in
         ("rex", lambda z: 2 * (1 - z) / (2 - z)),
     ],
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(total=st.integers(2, 300), end=st.floats(0, 0.5), data=st.data())
 def test_the_formula_without_warmup(name: str, shape, total: int, end: float, data) -> None:  # type: ignore[no-untyped-def]
     step = data.draw(st.integers(0, total - 1))
@@ -83,7 +83,7 @@ def test_bounds_are_kept(options: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize("name", OTHERS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(total=st.integers(1, 300))
 def test_all_defaults_stay_between_nothing_and_the_peak(name: str, total: int) -> None:
     got = factors(name, total)

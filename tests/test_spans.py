@@ -154,7 +154,7 @@ WORDS = st.sampled_from(["Ann", "Anna", "São", "東京", "is", "12", "isn't", "
 PHRASE = st.lists(WORDS, min_size=1, max_size=5).map(" ".join)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(kind=st.sampled_from(KINDS), before=PHRASE, subject=PHRASE, after=st.one_of(st.just(""), PHRASE.map(" {}".format)), answer=PHRASE)
 def test_any_words(kind, before, subject, after, answer):
     tok = tokenizer(kind)

@@ -27,7 +27,7 @@ def same(got: torch.Tensor, want: np.ndarray) -> None:
     np.testing.assert_allclose(got.numpy(), want, rtol=1e-12, atol=1e-14)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(count=st.integers(2, 60), seed=st.integers(0, 9), cuts=st.lists(st.integers(0, 60), max_size=6), order=st.randoms())
 def test_any_pieces_give_one_pass(count, seed, cuts, order):
     x = rows(count, seed)

@@ -18,8 +18,6 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from .errors import FormatError, InputError
 
 if TYPE_CHECKING:
@@ -385,7 +383,8 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
 
 
-class _Info(msgspec.Struct, forbid_unknown_fields=True, gc=False):
+@dataclass(slots=True)
+class _Info:
     """What a header says of one tensor."""
 
     dtype: str
@@ -394,23 +393,28 @@ class _Info(msgspec.Struct, forbid_unknown_fields=True, gc=False):
 
 
 _Header = tuple[dict[str, _Info], dict[str, str]]
-_RAW = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_INFO = msgspec.json.Decoder(_Info)
+_LONG = 1 << 16
+"""Bytes of a header from which msgspec is worth its import, which a command as short as `show` would feel."""
 
 
 def _plain_header(text: bytes, path: Path) -> _Header | None:
-    """Tensors and metadata of a header; None where anything is odd about it, for `_strict_header` to say what.
+    """Tensors and metadata of a header; None where it is short, or anything is odd about it, for `_strict_header` to say what.
 
     A model can have many thousands of tensors, so this leaves the work to msgspec. That keeps the last of several equal keys, which are refused
     here: without escapes there are ten quotes for each tensor (its name, three fields, the dtype), and each further key would bring two more.
     """
+    if len(text) < _LONG:
+        return None
+    import msgspec
+
+    decoder = msgspec.json.Decoder(_Info)
     try:
-        parts = _RAW.decode(text)
+        parts = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
         keys = len(parts)
         said = bytes(parts.pop("__metadata__", b"{}"))
         if text.count(b"\\") != said.count(b"\\") or text.count(b'"') != 2 * keys + 8 * len(parts) + said.count(b'"'):
             return None
-        infos = {name: _INFO.decode(part) for name, part in parts.items()}
+        infos = {name: decoder.decode(part) for name, part in parts.items()}
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return None
     return infos, _metadata(strict_json(said, f"{path}: __metadata__"), f"{path}: __metadata__")
