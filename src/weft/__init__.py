@@ -26,8 +26,10 @@ _WHERE = {
     "diff": "diffing",
     "tune": "tuning",
     "merge": "merging",
+    "of_task": "engine.routed",
     "compress": "compressing",
     "port": "porting",
+    "search": "searching",
     "edit": "editing",
     "undo": "editing",
     "check": "checking",
@@ -53,7 +55,9 @@ __all__ = [
     "generate",
     "import_peft",
     "merge",
+    "of_task",
     "port",
+    "search",
     "tune",
     "undo",
 ]
@@ -66,10 +70,12 @@ if TYPE_CHECKING:
     from .delta import Builder, Delta
     from .diffing import diff
     from .editing import edit, undo
+    from .engine.routed import of_task
     from .folding import fold
     from .interchange import export, import_peft
     from .merging import merge
     from .porting import port
+    from .searching import search
     from .tuning import tune
 
 

@@ -65,7 +65,7 @@ KINDS = {
     "compress": Kind("compress", "--method", "compressing"),
     "port": Kind("port", "--method", "porting"),
     "select": Kind("select", "--method", "selecting"),
-    "search": Kind("search", "--method", "searching"),
+    "search": Kind("search", "METHOD", "searching"),
     "steer": Kind("steer", "--method", "steering"),
     "federate": Kind("federate", "--method", "federating"),
 }

@@ -30,6 +30,7 @@ COMMANDS = {
     "merge": "merge deltas or checkpoints",
     "compress": "make a delta smaller",
     "port": "carry a delta over to another base",
+    "search": "find what to tune and how, or fit laws to runs",
     "diff": "the delta between a base and a checkpoint",
     "fold": "write deltas into a full checkpoint",
     "show": "what a delta is and what it changes",
