@@ -27,8 +27,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 SOURCE = sorted((ROOT / "src" / "weft").rglob("*.py"))
 MARK = "<!-- test -->"
-SLOW = {"README.md"}
-"""Pages whose blocks tune a real model."""
+SLOW = {"README.md", "tuning.md"}
+"""Pages whose blocks tune a real model, or several."""
 
 
 @dataclass(frozen=True)

@@ -276,8 +276,8 @@ def test_two_processes_do_what_one_does(tmp_path: Path) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     script = (
-        "import sys, torch; from tests.test_loop import make, go; got = go(make(sgd=0.5, clip=0, batch_size=7, micro_batch_size=2)); "
-        "torch.save(got, sys.argv[1])"
+        "import sys, torch; from tests.test_loop import make, go; run = make(sgd=0.5, clip=0, batch_size=7, micro_batch_size=2); got = go(run); "
+        "assert run.accelerator.num_processes == 2; torch.save(got, sys.argv[1])"
     )
     running = []
     for rank in range(2):

@@ -26,13 +26,13 @@ from ..base import Base
 from ..delta import Delta
 from ..errors import UsageError, WeftError, near
 from .handle import Handle
-from .live import Context, watching
+from .live import Context, task_names, watching
 from .plan import State
 
 if TYPE_CHECKING:
     from ..names import NameMap
 
-__all__ = ["Context", "Handle", "attach", "attached", "check_ran", "detach", "handles", "probe"]
+__all__ = ["Context", "Handle", "attach", "attached", "check_ran", "detach", "handles", "probe", "set_tasks"]
 
 Mode = Literal["auto", "fast", "functional", "materialised"]
 MODES = ("auto", "fast", "functional", "materialised")
@@ -107,6 +107,17 @@ def handles(model: nn.Module) -> list[Handle]:
     """The handles of the deltas on a model, in the order of application (those of its own for a deep copy)."""
     state = _state_of(model)
     return list(state.handles) if state else []
+
+
+def set_tasks(model: nn.Module, tasks: str | Sequence[str] = ()) -> None:
+    """Say which tasks the rows belong to where a call does not: one name for each row, or one for all; nothing: none.
+
+    A model with ops on modules also takes them with each call: `model(ids, task="qa")`, or a list. Only ops that differ by task
+    ask for them (`by_task`); a model without deltas has no use for them.
+    """
+    state = _state_of(model)
+    if state is not None:
+        state.run.told = state.run.tasks = task_names(tasks)
 
 
 def check_ran(model: nn.Module, *, error: bool = True) -> None:

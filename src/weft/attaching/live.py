@@ -24,6 +24,7 @@ from ..errors import WeftError
 from ..ops import chain, layout
 from ..ops.op import Op
 from ..ops.spec import At, OpEntry
+from .quantized import QuantizedLinear, values
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 """Modules that take every child for one of theirs: nothing can be registered on them."""
@@ -33,6 +34,17 @@ FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 MODULE_OP, INPUT_OP = "", "@"
 """What stands for an op on the module itself, or on the model's input, where others have a parameter's name."""
+
+
+TASK = "task"
+"""The input that names the tasks of the rows. It never reaches the model's own forward."""
+
+
+def task_names(task: str | Sequence[str] | torch.Tensor) -> tuple[str, ...]:
+    """Names of tasks from one name, several, or a tensor of `weft.engine.data.tasks_of`."""
+    if isinstance(task, torch.Tensor):
+        return tuple(bytes(row).rstrip(b"\0").decode() for row in task.tolist())
+    return (task,) if isinstance(task, str) else tuple(task)
 
 
 # --- what is registered on the model, and hides
@@ -90,6 +102,9 @@ class Run:
     phase: str | None = None
     mask: Any = None
     losses: list[Any] = field(default_factory=list)
+    tasks: tuple[str, ...] = ()
+    told: tuple[str, ...] = ()
+    """The tasks of the rows where a call names none (`weft.attaching.set_tasks`)."""
 
 
 @dataclass(eq=False)
@@ -100,6 +115,7 @@ class Context:
     phase:  "prefill" or "decode"; None where the model has no such thing. Known when an op on a module or the input is attached
     mask:   the model's attention mask (batch, tokens), or None. Known in the same cases
     losses: terms that ops add to the loss; a new list at every call of the model
+    tasks:  names of the rows' tasks, one for each row or one for all; empty where none were named
     """
 
     param: str = ""
@@ -118,6 +134,10 @@ class Context:
     @property
     def losses(self) -> list[Any]:
         return self.run.losses
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return self.run.tasks
 
     def drop(self, x: torch.Tensor) -> torch.Tensor:
         """x with dropout while training, as the delta's handle asks; x itself otherwise and for token ids."""
@@ -177,7 +197,7 @@ class Piece:
     def _whole(self, w: torch.Tensor) -> torch.Tensor:
         whole = w.new_zeros(self.shape)
         for module, param, at, part in self.peers:
-            value = tensor_of(module, param).to(w.dtype)
+            value = values(tensor_of(module, param)).to(w.dtype)
             value = at.get(value) if at else value
             whole = part.set(whole, value) if part else value
         return whole
@@ -225,7 +245,8 @@ def rewritten(module: nn.Module, param: str, pieces: Sequence[Piece]) -> torch.T
 
 
 def _rewritten(w: torch.Tensor, pieces: Sequence[Piece]) -> torch.Tensor:
-    new = w if w.dtype == torch.float64 else w.float()
+    new = values(w)
+    new = new if new.dtype == torch.float64 else new.float()
     for piece in pieces:
         new = piece.new(new)
     return new.to(w.dtype)
@@ -244,6 +265,8 @@ def run(m: Any, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
         return _core(m, inner, hub, args, kwargs)
     names = m._weft_inputs
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    task = None if TASK in names else kwargs.pop(TASK, None)  # a model may have an input of that name
+    plan.run.tasks = plan.run.told if task is None else task_names(task)
     _begin(plan.run, kwargs)
 
     def call(**inputs: Any) -> Any:
@@ -298,7 +321,7 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def exact_layout(original: type[nn.Module], m: nn.Module) -> str | None:
     """The layout of a module whose forward is known to the letter: a subclass may scale what it looks up, for one."""
     forward = original.forward
-    known = forward in (nn.Linear.forward, nn.Embedding.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
+    known = forward in (nn.Linear.forward, QuantizedLinear.forward, nn.Embedding.forward, nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
     if known or (forward.__module__, forward.__qualname__) == ("transformers.pytorch_utils", "Conv1D.forward"):
         return layout.of(m) or ("conv" if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d) else None)
     return None
@@ -308,7 +331,7 @@ def _functional(m: Any, x: torch.Tensor, new: Mapping[str, torch.Tensor]) -> Any
     weight = new.get("weight", m.weight)
     if isinstance(m, nn.Embedding):
         return F.embedding(x, weight, m.padding_idx, None, m.norm_type, m.scale_grad_by_freq, m.sparse)
-    bias = new.get("bias", m.bias)
+    weight, bias = values(weight), new.get("bias", m.bias)
     if isinstance(m, nn.Linear):
         return F.linear(x, weight, bias)
     if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d):

@@ -24,19 +24,25 @@ if TYPE_CHECKING:
 @option("--guard", "guards", multiple=True, metavar="NAME", help="What must not be lost; again for more.")
 @params
 @option("--on", multiple=True, metavar="DELTA", type=click.Path(path_type=Path), help="A delta that is active meanwhile; again for more, in order.")
+@option("--origin", metavar="DELTA", type=click.Path(path_type=Path), help="A delta that the new one begins from, for methods that can (mhr).")
+@option("--evaluate", metavar="FILE", multiple=True, type=click.Path(path_type=Path), help="Measure on these rows meanwhile; -p best= lets them choose.")
+@option("--evaluate-every", type=click.IntRange(0), default=0, metavar="STEPS", help="How often; default: after each epoch and at the end.")
 @option("--save-every", type=click.IntRange(0), default=0, metavar="STEPS", help="Write the state to OUT.state from time to time.")
 @option("--resume", metavar="STATE", type=click.Path(path_type=Path), help="Go on from a state; the result is that of an uninterrupted run.")
 @option("--log", metavar="FILE", type=click.Path(path_type=Path), help="Add every event to this file, one JSON object a line.")
+@option("--log-to", multiple=True, metavar="SINK", help="More places for events: tensorboard:FOLDER, wandb:PROJECT.")
 @out_file
 @seed
 @device
 @dtype
+@option("--quantize", metavar="FORM", help="The frozen model's linear modules in fewer bits: int8 or nf4.")
 @threads
 def command(out: Output, base: str, data: tuple[Path, ...], params: tuple[str, ...], target: Path, **how: Any) -> None:
     """Tune a base on data; the result is a delta.
 
     Options of the method, of the other choices and of the training loop are given with -p: -p rank=16 -p epochs=1. Where
-    two choices have an option of the same name: -p optimizer.lr=1e-3.
+    two choices have an option of the same name: -p optimizer.lr=1e-3. With --evaluate, -p best=accuracy (or loss) takes the delta
+    of the best evaluation, and -p patience=3 ends the run after three without a better one.
 
     \b
     Example:
@@ -45,9 +51,12 @@ def command(out: Output, base: str, data: tuple[Path, ...], params: tuple[str, .
     from ..tuning import tune
 
     given = pairs(params, tune)
+    how["evaluate"] = [*how["evaluate"]] or None
     out.resume = how["resume"] or Path(f"{target}.state")
     with out.training() as progress:
         delta = tune(base, [*data], out=target, progress=progress, **how, **given)
+    if delta.path is None:  # one of several processes, of which the first one writes and tells
+        return
     out.result(made(delta), f"{made_text(delta)}\n{', '.join(_told(delta))}", delta.id)
     out.next(f"weft eval {{}} {'{} ' * (len(how['on']) + 1)}--data TEST.jsonl", base, *how["on"], target)
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 Example = dict[str, Any]
-"""`input_ids` (a list), and `labels` (a list of the same length, or one label); packed ones have `position_ids`."""
+"""`input_ids` (a list), and `labels` (a list of the same length, or one label); packed ones have `position_ids`.
+Those of rows that name one have a `task`."""
 
 IGNORE = -100
 """The label of a token that no loss is taken from (transformers' own)."""
@@ -200,6 +201,31 @@ def opened(tokenizer: Any, text: str) -> list[int]:
 
 
 # --- batches as tensors
+
+
+def task_of(row: Row) -> Example:
+    """The field "task" of a row, for its example; nothing if it has none."""
+    return {"task": row["task"]} if "task" in row else {}
+
+
+def task_name(example: Example) -> str:
+    """The task of an example; InputError if its row named none."""
+    name = example.get("task")
+    if not isinstance(name, str) or not name:
+        raise InputError(
+            f"each row must say which task it belongs to; one has {'no field' if name is None else repr(name)[:60] + ' as'} 'task'",
+            hint="{..., 'task': 'qa'}",
+        )
+    return name
+
+
+def tasks_of(examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+    """The input `task` of a batch: the examples' tasks as UTF-8 (batch x longest name, U8), filled up with zeros."""
+    import torch
+
+    names = [task_name(example).encode() for example in examples]
+    longest = max(map(len, names))
+    return {"task": torch.tensor([list(name.ljust(longest, b"\0")) for name in names], dtype=torch.uint8)}
 
 
 def padded(examples: Sequence[Example], pad: int) -> dict[str, torch.Tensor]:

@@ -2,11 +2,15 @@
 
 An event is a dict of plain JSON values with `event` and `time` (seconds since the run began). A training run sends
 
-    start    total (steps), first (the step it starts at), parameters (entries trained), examples
-    step     step, total, loss, lr, grad_norm, tokens_per_s
+    start    total (steps), first (the step it starts at), parameters (entries trained), examples; matmul_error, where `matmul` is chosen
+    step     step, total, loss, lr, grad_norm, tokens_per_s, memory
     eval     step, and whatever the evaluation returned
     save     step, path
-    end      step, loss, seconds, tokens
+    stop     step, reason (if it ends early)
+    end      step, loss, seconds, tokens, tokens_per_s (the mean, with evaluations and saving), memory
+
+tokens_per_s counts this process's tokens. memory is the peak in bytes so far: of a CUDA device since the run began, elsewhere of
+the process since it was started (see `weft.engine.memory`).
 """
 
 from __future__ import annotations
@@ -14,13 +18,14 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
 from ..errors import InputError
+from .sinks import sink
 
 Event = dict[str, Any]
 
@@ -37,6 +42,8 @@ class PlainProgress:
     def __call__(self, event: Event) -> None:
         if event["event"] == "start":
             self._began, self._next = event["time"], event["time"] + self._every
+            if "matmul_error" in event:
+                print(f"float32 products have a relative error of {event['matmul_error']:.1e} on this machine", file=self._stream or sys.stderr, flush=True)
         if event["event"] != "step" or event["time"] < self._next:
             return
         self._next = event["time"] + self._every
@@ -48,14 +55,16 @@ class PlainProgress:
 
 
 class Events:
-    """Sends events on: to `progress`, and as JSON lines to the file `log`, which grows (a resumed run continues it).
+    """Sends events on: to `progress`, to `sinks` (see `weft.engine.sinks`), and as JSON lines to the file `log`, which grows (a resumed
+    run continues it).
 
     The log is a record of what happened, written as it happens, so it does not pass through the atomic writer. Numbers
     that JSON lacks (a loss of NaN) are written as null. Use it as a context manager.
     """
 
-    def __init__(self, log: str | Path | None = None, progress: Progress | None = None) -> None:
-        self._progress, self._log, self._open = progress, log, ExitStack()
+    def __init__(self, log: str | Path | None = None, progress: Progress | None = None, sinks: Sequence[str] = ()) -> None:
+        self._listeners: list[Progress] = [] if progress is None else [progress]
+        self._log, self._sinks, self._open = log, sinks, ExitStack()
         self._file: TextIO | None = None
         self._start = time.monotonic()
 
@@ -65,6 +74,11 @@ class Events:
                 self._file = self._open.enter_context(open(self._log, "a", encoding="utf-8", buffering=1))
             except OSError as error:
                 raise InputError(f"cannot write the log {self._log}: {error.strerror or error}") from error
+        try:
+            self._listeners += [self._open.enter_context(sink(where)) for where in self._sinks]
+        except BaseException:
+            self._open.close()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
@@ -80,8 +94,8 @@ class Events:
         whole: Event = {"event": event, "time": round(self.seconds, 3), **fields}
         if self._file is not None:
             self._file.write(json.dumps({name: _plain(value) for name, value in whole.items()}) + "\n")
-        if self._progress is not None:
-            self._progress(whole)
+        for listener in self._listeners:
+            listener(whole)
 
 
 def _plain(value: Any) -> Any:

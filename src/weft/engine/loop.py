@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import msgspec
 import torch
@@ -29,8 +29,13 @@ from .._write import atomic_file
 from ..errors import FormatError, MismatchError, UsageError, WeftError
 from ..file import container_header
 from ..stored import hold, read_container, strict_json
+from .checkpointing import checkpointed
 from .data import Example, batches
 from .events import Events
+from .memory import forget_peak, peak_memory
+from .products import products
+from .sharding import shard
+from .surroundings import processes
 
 Batch = dict[str, torch.Tensor]
 
@@ -49,7 +54,14 @@ class LoopConfig(msgspec.Struct, kw_only=True, frozen=True, forbid_unknown_field
     micro_batch_size: Annotated[int, msgspec.Meta(description="examples that pass through the model at once; 0: the whole batch", ge=0)] = 0
     clip: Annotated[float, msgspec.Meta(description="largest norm of the gradient; longer ones are shortened; 0: never", ge=0)] = 1.0
     autocast: Annotated[bool, msgspec.Meta(description="compute in bfloat16, keep float32 weights")] = False
+    matmul: Annotated[
+        Literal["", "high", "medium"], msgspec.Meta(description="float32 products in torch's faster ways, with the error that the log tells; empty: exact")
+    ] = ""
     bucket: Annotated[bool, msgspec.Meta(description="put examples of like length into one batch")] = True
+    checkpointing: Annotated[bool, msgspec.Meta(description="compute activations again in the backward pass: less memory, a third more time")] = False
+    shard: Annotated[bool, msgspec.Meta(description="with several processes: each keeps only its share of the frozen weights (FSDP2)")] = False
+    best: Annotated[str, msgspec.Meta(description="figure of the evaluation that picks the delta: loss, accuracy, +NAME (more is better), -NAME")] = ""
+    patience: Annotated[int, msgspec.Meta(description="evaluations in a row without a better one after which the run ends; 0: never", ge=0)] = 0
 
 
 class Objective(Protocol):
@@ -95,6 +107,9 @@ class Stages:
     def after_step(self, run: Run) -> None:
         """After the optimizer's step: `run.step` counts it already."""
 
+    def evaluated(self, run: Run, figures: Mapping[str, float]) -> None:
+        """After an evaluation. `run.stopped = REASON` ends the run."""
+
     def end(self, run: Run) -> None:
         """After the last step."""
 
@@ -116,6 +131,10 @@ class Hooks(Stages):
     def load(self, state: dict[str, torch.Tensor]) -> None:
         """Take back what `state` gave."""
 
+    def notes(self) -> dict[str, Any]:
+        """What is worth saying of the run afterwards, as JSON values: it goes into the notes of the delta."""
+        return {}
+
 
 @dataclass
 class Run:
@@ -125,6 +144,7 @@ class Run:
     place: batches of `batch_size` done; a run ends when there have been `total`
     width: how many batches one step takes, 1 unless an optimizer asks for more. No step reaches over the end of an epoch
     pieces: the fewest micro-batches that a step is cut into
+    stopped: why the run ends before its last step, if it does
     """
 
     model: nn.Module
@@ -140,6 +160,7 @@ class Run:
     width: int = 1
     pieces: int = 1
     loss: float = math.nan
+    stopped: str = ""
     total: int = field(init=False)
     per_epoch: int = field(init=False)
     wrapped: nn.Module = field(init=False)
@@ -158,6 +179,11 @@ class Run:
         return xp.key(self.seed, self.step)
 
     @property
+    def sharded(self) -> bool:
+        """Whether the frozen weights lie in parts on several processes; the loop then averages gradients itself."""
+        return self.config.shard and self.accelerator.num_processes > 1
+
+    @property
     def device(self) -> torch.device:
         return next(iter(self.tensors.values())).device
 
@@ -174,6 +200,12 @@ class Run:
     def autocast(self) -> torch.autocast:
         """The precision of a forward pass, as a context."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast)
+
+    def said(self, value: float) -> float:
+        """What the first process says: for decisions that all must take alike."""
+        if self.accelerator.num_processes == 1:
+            return value
+        return float(self.summed(torch.tensor(value if self.accelerator.is_main_process else 0.0, dtype=torch.float64, device=self.device)))
 
     def summed(self, value: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor over all processes."""
@@ -209,7 +241,8 @@ def train(
 
     state, save_every: where to keep the state, and after how many steps to write it (0: never)
     resume:            a state to go on from; MismatchError if it belongs to another `identity`
-    evaluate:          called every `evaluate_every` steps with the model in eval mode; its figures go to the event log
+    evaluate:          called every `evaluate_every` steps (0: after each epoch and the last step) with the model in eval mode; its figures go
+                       to the event log and to the hooks
 
     Raises WeftError when the loss or the gradient is not finite: the tensors are then of no use, the last state is.
     """
@@ -217,18 +250,29 @@ def train(
 
     if not run.tensors:
         raise UsageError("nothing to train: the space has no trainable tensor")
+    processes()
     accelerator = Accelerator()
     recent: deque[float] = deque(maxlen=_RECENT)
     if resume is not None:
         recent.extend(_restore(run, resume, identity or {}))
     run.accelerator = accelerator
-    run.wrapped = accelerator.prepare_model(run.model) if accelerator.num_processes > 1 else run.model
+    if run.sharded:
+        shard(run.model, run.tensors.values(), run.device)
+    run.wrapped = accelerator.prepare_model(run.model) if accelerator.num_processes > 1 and not run.sharded else run.model
     first, tokens = run.step, 0
     parameters = sum(p.numel() for p in run.tensors.values())
-    events("start", total=run.planned, first=first, parameters=parameters, examples=len(run.objective.examples))
-    with _randomness(run), _training(run.model), _taking_part(run):
+    start = events.seconds
+    forget_peak(run.device)
+    with (
+        products(run.config.matmul, run.device) as exactness,
+        _randomness(run),
+        _training(run.model),
+        _taking_part(run),
+        checkpointed(run.model, run.config.checkpointing),
+    ):
+        events("start", total=run.planned, first=first, parameters=parameters, examples=len(run.objective.examples), **exactness)
         epoch, plan = -1, []
-        while run.place < run.total:
+        while run.place < run.total and not run.stopped:
             began = events.seconds
             if run.place // run.per_epoch != epoch:
                 epoch = run.place // run.per_epoch
@@ -247,7 +291,7 @@ def train(
             norm = settle(run)
             lr = run.optimizer.param_groups[0]["lr"]
             if not (math.isfinite(run.loss) and math.isfinite(norm)):
-                events("step", step=run.step, first=first, total=run.planned, loss=run.loss, lr=lr, grad_norm=norm, tokens_per_s=0.0)
+                events("step", step=run.step, first=first, total=run.planned, loss=run.loss, lr=lr, grad_norm=norm, tokens_per_s=0.0, memory=0)
                 raise WeftError(
                     f"step {run.step + 1} of {run.planned}: the {'loss' if not math.isfinite(run.loss) else 'gradient'} is not finite "
                     f"(loss {run.loss}, gradient norm {norm}, learning rate {lr:.3g})",
@@ -265,16 +309,29 @@ def train(
             tokens += seen
             rate = round(seen / max(events.seconds - began, 1e-9), 1)
             wide = {"batches": len(taken)} if len(taken) > 1 else {}
-            events("step", step=run.step, first=first, total=run.planned, loss=run.loss, lr=lr, grad_norm=norm, tokens_per_s=rate, **wide)
-            if evaluate is not None and evaluate_every and run.step % evaluate_every == 0:
+            how = {"tokens_per_s": rate, "memory": peak_memory(run.device), **wide}
+            events("step", step=run.step, first=first, total=run.planned, loss=run.loss, lr=lr, grad_norm=norm, **how)
+            if evaluate is not None and _due(run, evaluate_every):
                 with _evaluating(run.model):
-                    events("eval", step=run.step, **evaluate(run))
+                    figures = evaluate(run)
+                events("eval", step=run.step, **figures)
+                for each in run.stages:
+                    each.evaluated(run, figures)
             if state is not None and save_every and run.step % save_every == 0 and accelerator.is_main_process:
                 save_state(state, run, recent, identity or {})
                 events("save", step=run.step, path=str(state))
+    if run.stopped:
+        events("stop", step=run.step, reason=run.stopped)
     summary = Summary(sum(recent) / max(1, len(recent)), run.step, tokens, events.seconds)
-    events("end", step=run.step, loss=summary.loss, seconds=round(summary.seconds, 3), tokens=tokens)
+    rate = round(tokens / max(summary.seconds - start, 1e-9), 1)
+    how = {"tokens": tokens, "tokens_per_s": rate, "memory": peak_memory(run.device)}
+    events("end", step=run.step, loss=summary.loss, seconds=round(summary.seconds, 3), **how)
     return summary
+
+
+def _due(run: Run, every: int) -> bool:
+    """Whether to evaluate after this step."""
+    return run.step % every == 0 if every else run.place % run.per_epoch == 0 or run.place >= run.total
 
 
 def _trim() -> None:
@@ -295,9 +352,10 @@ def _parts(run: Run, positions: Sequence[int], epoch: int) -> list[Part]:
     A loss is a mean over `weight` things (tokens, examples), so micro-batches count by their weights: how a batch is cut, and
     over how many processes, changes nothing but rounding.
     """
-    rank, processes = run.accelerator.process_index, run.accelerator.num_processes
-    mine = list(positions[rank::processes]) or [positions[0]]
-    size = min(run.config.micro_batch_size or len(mine), math.ceil(len(mine) / run.pieces))
+    rank, count = run.accelerator.process_index, run.accelerator.num_processes
+    mine = list(positions[rank::count]) or [positions[0]]
+    most = math.ceil(len(positions) / count)
+    size = min(run.config.micro_batch_size or most, math.ceil(most / run.pieces))
     seed = xp.key(run.seed, epoch)
     made = []
     for start in range(0, len(mine), size):
@@ -306,8 +364,12 @@ def _parts(run: Run, positions: Sequence[int], epoch: int) -> list[Part]:
     weights = [run.objective.weight(batch) for batch in made]
     if rank >= len(positions):  # a last batch with fewer examples than processes: run along, count for nothing
         weights = [0.0]
+    if run.sharded:  # all processes run the model equally often, for each needs the others' weights
+        least = math.ceil(most / size)
+        weights += [0.0] * (least - len(made))
+        made += made[:1] * (least - len(made))
     whole = sum(weights)
-    if processes > 1:
+    if count > 1:
         whole = float(run.summed(torch.tensor(whole, device=run.device)))
     return [
         Part({name: value.to(run.device) for name, value in batch.items()}, weight / whole if whole else 0.0)
@@ -321,18 +383,31 @@ def _tokens(batch: Batch) -> int:
 
 def backward(run: Run, parts: Sequence[Part], loss: Callable[[nn.Module, Part], torch.Tensor]) -> float:
     """Adds to `.grad` the gradient of the parts' losses, each with the hooks' terms and by its share; returns their sum over all processes."""
-    processes = run.accelerator.num_processes
+    count = run.accelerator.num_processes
     total = 0.0
     for part in parts:
-        with nullcontext() if part is parts[-1] or processes == 1 else run.accelerator.no_sync(run.wrapped):
+        with nullcontext() if part is parts[-1] or count == 1 or run.sharded else run.accelerator.no_sync(run.wrapped):
             with run.autocast():
                 value = loss(run.wrapped, part)
                 for each in run.stages:
                     extra = each.loss(run, part.batch)
                     value = value if extra is None else value + extra
-            (value * (part.share * processes)).backward()  # processes average their gradients
+            (value * (part.share * count)).backward()  # processes average their gradients
         total += float(value.detach()) * part.share
-    return total if processes == 1 else float(run.summed(torch.tensor(total, device=run.device)))
+    if run.sharded:
+        _average(run)
+    return total if count == 1 else float(run.summed(torch.tensor(total, device=run.device)))
+
+
+def _average(run: Run) -> None:
+    """Gradients become their mean over the processes, as they do by themselves where nothing is sharded; where none has one, there is none."""
+    tensors = list(run.tensors.values())
+    there = run.summed(torch.tensor([float(value.grad is not None) for value in tensors], device=run.device))
+    tensors = [value for value, count in zip(tensors, there.tolist(), strict=True) if count]
+    flat = torch.cat([(torch.zeros_like(value) if value.grad is None else value.grad).reshape(-1).float() for value in tensors])
+    flat = run.summed(flat) / run.accelerator.num_processes
+    for value, grad in zip(tensors, flat.split([value.numel() for value in tensors]), strict=True):
+        value.grad = grad.reshape(value.shape).to(value.dtype)
 
 
 def settle(run: Run) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import InputError, near
-from .data import IGNORE, Example, Row, field, opened
+from .data import IGNORE, Example, Row, field, opened, task_of
 
 FIELDS = {"classification": '{"text", "label"}', "text": '{"text"}', "completion": '{"prompt", "completion"}'}
 """The fields of rows of each kind."""
@@ -48,12 +48,12 @@ class Encoder:
         """{"text", "label"}: one label of a model's own for each text."""
         labels = label_ids(rows, config, classes)
         texts = self.texts([field(row, "text", number) for number, row in enumerate(rows)])
-        return [{"input_ids": ids, "labels": label} for ids, label in zip(texts, labels, strict=True)]
+        return [{"input_ids": ids, "labels": label, **task_of(row)} for ids, label, row in zip(texts, labels, rows, strict=True)]
 
     def language(self, rows: Sequence[Row]) -> list[Example]:
         """{"text"}: every token but the first is predicted. No end token is added: the text itself is measured."""
         encoded = self.texts([field(row, "text", number) for number, row in enumerate(rows)])
-        return _predictable([{"input_ids": ids, "labels": ids} for ids in encoded])
+        return _predictable([{"input_ids": ids, "labels": ids, **task_of(row)} for ids, row in zip(encoded, rows, strict=True)])
 
     def completions(self, rows: Sequence[Row]) -> list[Example]:
         """{"prompt", "completion"}: the completion is predicted. Tokenised apart, as in tuning; a long prompt loses its beginning."""
@@ -64,7 +64,7 @@ class Encoder:
             self.cut += len(start) + len(rest) > self._most
             rest = rest[: self._most - 1]
             start = start[max(0, len(start) + len(rest) - self._most) :]
-            out.append({"input_ids": start + rest, "labels": [IGNORE] * len(start) + rest})
+            out.append({"input_ids": start + rest, "labels": [IGNORE] * len(start) + rest, **task_of(row)})
         return _predictable(out)
 
 

@@ -10,11 +10,20 @@ from torch import nn
 from .data import tokenizer_hash
 
 
+def processes() -> Any:
+    """Accelerate's account of the processes that run this together (`num_processes`, `is_main_process`, `device`); the first call connects them.
+
+    Without an accelerator, or with ACCELERATE_USE_CPU=1, they talk through gloo: left alone, Accelerate would take each for the only one.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+
+
 def default_device() -> torch.device:
     """The device that Accelerate finds: of several processes, each one's own."""
-    from accelerate import PartialState
-
-    found: torch.device = PartialState().device
+    found: torch.device = processes().device
     return found
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from .. import xp
+from ..attaching.quantized import require_numbers
 from ..engine.data import batches
 from ..engine.select import kth_largest_magnitude
 from ..errors import UsageError
@@ -154,6 +155,7 @@ def opened(job: Job, parts: Sequence[Part]) -> Iterator[dict[str, nn.Parameter]]
 
     Gives those parameters by name. Afterwards all weights are what they were, bit for bit.
     """
+    require_numbers(job.model)
     live = job.model.state_dict(keep_vars=True)
     names = dict.fromkeys(place.name for target in [*(part.target for part in parts), *job.head] for place in job.names.live(target))
     chosen = {name: live[name] for name in names}

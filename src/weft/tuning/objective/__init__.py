@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ...engine.data import Example, Row, padded
-from ...engine.loop import Batch
+from ... import xp
+from ...engine.data import IGNORE, Example, Row, padded, task_name, tasks_of
+from ...engine.loop import Batch, Evaluate, Run
 from ...errors import InputError, UsageError, near
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ class Objective:
     adds_head:    whether tensors that the class has and the base lacks are added and trained
     retrains:     roles of a head that is trained even if the base has it
     examples:     the rows, encoded
+    measures:     the names of the `figures`
+    by_task:      whether batches say which task each row belongs to; set by `tasks`
     """
 
     architecture: str | None = None
@@ -39,13 +42,28 @@ class Objective:
     adds_head: bool = False
     retrains: tuple[str, ...] = ()
     examples: Sequence[Example]
+    measures: Sequence[str] = ("loss",)
+    by_task: bool = False
 
     def __init__(self, cfg: msgspec.Struct, base: Base, tokenizer: Any, rows: Sequence[Row]) -> None:
         raise NotImplementedError
 
+    def encode(self, rows: Sequence[Row]) -> list[Example]:
+        """Rows as examples: those of training, and later others to evaluate on."""
+        raise NotImplementedError
+
     def collate(self, examples: Sequence[Example], keys: Sequence[int]) -> Batch:
         """A batch of examples. `keys` are 64-bit keys, one an example and epoch: the seeds of whatever is random in it."""
-        return padded(examples, self.pad)
+        return self.routed(padded(examples, self.pad), examples)
+
+    def routed(self, batch: Batch, examples: Sequence[Example]) -> Batch:
+        """The batch with the input `task`, if the model asks for it."""
+        return {**batch, **tasks_of(examples)} if self.by_task else batch
+
+    def tasks(self) -> list[str]:
+        """The tasks of the rows, sorted. From now on batches name them, for ops that differ by task. InputError if a row has none."""
+        self.by_task = True
+        return sorted({task_name(example) for example in self.examples})
 
     def weight(self, batch: Batch) -> float:
         """How many things the loss of a batch is the mean of."""
@@ -56,10 +74,44 @@ class Objective:
         loss: torch.Tensor = model(**batch).loss
         return loss
 
+    def figures(self, model: nn.Module, batch: Batch) -> Mapping[str, float]:
+        """What an evaluation says of a batch: means over `weight` things."""
+        return {"loss": float(self.loss(model, batch))}
+
     def check(self, model: nn.Module) -> None:
         """Asked once before training: refuse a model that cannot be trained this way."""
 
     pad: int = 0
+
+
+def evaluation(goal: Objective, rows: Sequence[Row]) -> Evaluate:
+    """Measures an objective on rows: its `figures`, averaged over all of them. Every process goes through all rows.
+
+    What is random in a batch (which tokens are hidden) is the same each time.
+    """
+    examples = goal.encode(rows)
+    order = sorted(range(len(examples)), key=lambda k: (-len(examples[k]["input_ids"]), k))
+
+    def evaluate(run: Run) -> Mapping[str, float]:
+        size = run.config.micro_batch_size or run.config.batch_size
+        sums, whole = dict.fromkeys(goal.measures, 0.0), 0.0
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
+            batch = goal.collate([examples[k] for k in chosen], [xp.key(0, k) for k in chosen])
+            weight = goal.weight(batch)
+            with run.autocast():
+                found = goal.figures(run.model, {name: value.to(run.device) for name, value in batch.items()})
+            sums = {name: sums[name] + weight * found[name] for name in sums}
+            whole += weight
+        return {name: value / whole for name, value in sums.items()}
+
+    return evaluate
+
+
+def right(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """The share of labels that are the largest logit's; where the label is -100 nothing is asked."""
+    asked = labels != IGNORE
+    return float((logits.argmax(-1) == labels)[asked].float().mean())
 
 
 def tokenizer_needed(tokenizer: Any, objective: str) -> Any:
@@ -91,7 +143,6 @@ def head_tensors(base: Base, architecture: str, patch: Mapping[str, Any], gen: G
     import numpy as np
     import transformers
 
-    from ... import xp
     from ...base import merge_patch
     from ...names import NameMap, saved_layout
     from ...sites import all_sites

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import torch
 from torch import nn
 
-from ...engine.data import IGNORE, Example, Row, field, most_tokens, opened, pack, packed, pad_id, padded
+from ...engine.data import IGNORE, Example, Row, field, most_tokens, opened, pack, packed, pad_id, padded, task_of
 from ...engine.loop import Batch
 from ...errors import InputError, UsageError
 from ...methods import method
-from . import Objective, class_for, tokenizer_needed
+from . import Objective, class_for, right, tokenizer_needed
 
 if TYPE_CHECKING:
     from ...base import Base
@@ -36,26 +36,40 @@ class CausalLM(Objective):
     of a step, however it is cut into micro-batches.
     """
 
+    measures = ("loss", "teacher_forced_token_accuracy")
+
     def __init__(self, cfg: CausalLMConfig, base: Base, tokenizer: Any, rows: Sequence[Row]) -> None:
         self.pad = pad_id(tokenizer)
         known = base.config.get("architectures") or [""]
         if not str(known[0]).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
             self.architecture = class_for(base.config, "CAUSAL_LM")
             self.patch = {"architectures": [self.architecture]}
-        most = most_tokens(tokenizer, base.config, cfg.max_length)
-        encode = _Encoder(tokenizer, most)
-        examples = [encode(row, k) for k, row in enumerate(rows)]
-        kept = [example for example in examples if any(label != IGNORE for label in example["labels"][1:])]
-        if not kept:
-            raise InputError("no row of the data has a token to predict", hint=f"are the prompts longer than max_length ({most})?")
+        self._most = most_tokens(tokenizer, base.config, cfg.max_length)
+        self._encode = _Encoder(tokenizer, self._most)
+        kept = self.encode(rows)
         self._packing = cfg.packing
         if cfg.packing:
-            groups = pack([len(example["input_ids"]) for example in kept], most)
-            kept = [packed([kept[k] for k in group]) for group in groups]
+            kept = [example for mine in _by_task(kept) for example in self._joined(mine)]
         self.examples = kept
+
+    def _joined(self, examples: Sequence[Example]) -> list[Example]:
+        """Examples of one task, several in one."""
+        groups = pack([len(example["input_ids"]) for example in examples], self._most)
+        return [{**packed([examples[k] for k in group]), **task_of(examples[0])} for group in groups]
+
+    def encode(self, rows: Sequence[Row]) -> list[Example]:
+        examples = [{**self._encode(row, k), **task_of(row)} for k, row in enumerate(rows)]
+        kept = [example for example in examples if any(label != IGNORE for label in example["labels"][1:])]
+        if not kept:
+            raise InputError("no row of the data has a token to predict", hint=f"are the prompts longer than max_length ({self._most})?")
+        return kept
 
     def weight(self, batch: Batch) -> float:
         return float((batch["labels"][:, 1:] != IGNORE).sum())
+
+    def figures(self, model: nn.Module, batch: Batch) -> Mapping[str, float]:
+        out = model(**batch)
+        return {"loss": float(out.loss), "teacher_forced_token_accuracy": right(out.logits[:, :-1], batch["labels"][:, 1:])}
 
     def check(self, model: nn.Module) -> None:
         """With packing: refuse a model in which packed examples see each other."""
@@ -64,12 +78,21 @@ class CausalLM(Objective):
         device = next(model.parameters()).device
         first, second = [k % 7 + 1 for k in range(5)], [k % 5 + 2 for k in range(6)]
         whole = packed([{"input_ids": ids, "labels": ids} for ids in (first, second)])
-        batch = {name: value.to(device) for name, value in padded([whole], self.pad).items() if name != "labels"}
+        batch: dict[str, Any] = {name: value.to(device) for name, value in padded([whole], self.pad).items() if name != "labels"}
+        task = {"task": self.examples[0]["task"]} if self.by_task else {}
         with torch.no_grad():
-            together = model(**batch).logits[0, len(first) :].float()
-            alone = model(input_ids=torch.tensor([second], device=device)).logits[0].float()
+            together = model(**batch, **task).logits[0, len(first) :].float()
+            alone = model(input_ids=torch.tensor([second], device=device), **task).logits[0].float()
         if float((together - alone).abs().max()) > 0.02 * float(alone.abs().max()):
             raise UsageError(f"packing: in {type(model).__name__} packed examples see each other", hint="-p packing=false")
+
+
+def _by_task(examples: Sequence[Example]) -> list[list[Example]]:
+    """Examples apart by their task, in the order of their first ones."""
+    found: dict[Any, list[Example]] = {}
+    for example in examples:
+        found.setdefault(str(example.get("task")), []).append(example)
+    return list(found.values())
 
 
 class _Encoder:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
+from torch import nn
 
-from ...engine.data import Row, field, most_tokens, pad_id
-from ...errors import InputError
+from ...engine.data import Example, Row, field, most_tokens, pad_id, task_of
+from ...engine.loop import Batch
+from ...errors import InputError, near
 from ...methods import method
-from . import Objective, class_for, tokenizer_needed
+from . import Objective, class_for, right, tokenizer_needed
 
 if TYPE_CHECKING:
     from ...base import Base
@@ -32,10 +34,10 @@ class Classification(Objective):
 
     adds_head = True
     retrains = ("head.classifier",)
+    measures = ("loss", "accuracy")
 
     def __init__(self, cfg: ClassificationConfig, base: Base, tokenizer: Any, rows: Sequence[Row]) -> None:
         tokenizer = tokenizer_needed(tokenizer, "classification")
-        texts = [field(row, "text", k) for k, row in enumerate(rows)]
         given = [field(row, "label", k, (str, int)) for k, row in enumerate(rows)]
         kinds = {type(label) for label in given}
         if len(kinds) > 1:
@@ -46,9 +48,23 @@ class Classification(Objective):
         self.architecture = class_for(base.config, "SEQUENCE_CLASSIFICATION")
         self.pad = pad_id(tokenizer)
         self.patch = _patch(base.config, self.architecture, [str(label) for label in labels], self.pad)
-        number = {label: k for k, label in enumerate(labels)}
-        encoded = tokenizer(texts, truncation=True, max_length=most_tokens(tokenizer, base.config, cfg.max_length))["input_ids"]
-        self.examples = [{"input_ids": ids, "labels": number[label]} for ids, label in zip(encoded, given, strict=True)]
+        self._numbers = {label: k for k, label in enumerate(labels)}
+        self._tokenizer, self._most = tokenizer, most_tokens(tokenizer, base.config, cfg.max_length)
+        self.examples = self.encode(rows)
+
+    def encode(self, rows: Sequence[Row]) -> list[Example]:
+        texts = [field(row, "text", k) for k, row in enumerate(rows)]
+        labels = [field(row, "label", k, (str, int)) for k, row in enumerate(rows)]
+        for k, label in enumerate(labels):
+            if label not in self._numbers:
+                known = [str(each) for each in self._numbers]
+                raise InputError(f"row {k} of the data has the label {label!r}, which the training data has not{near(str(label), known, 'it has')}")
+        encoded = self._tokenizer(texts, truncation=True, max_length=self._most)["input_ids"]
+        return [{"input_ids": ids, "labels": self._numbers[label], **task_of(row)} for ids, label, row in zip(encoded, labels, rows, strict=True)]
+
+    def figures(self, model: nn.Module, batch: Batch) -> Mapping[str, float]:
+        out = model(**batch)
+        return {"loss": float(out.loss), "accuracy": right(out.logits, batch["labels"])}
 
 
 def _patch(config: dict[str, Any], architecture: str, labels: list[str], pad: int) -> dict[str, Any]:

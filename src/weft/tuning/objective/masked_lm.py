@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
+from torch import nn
 
-from ...engine.data import IGNORE, Example, Row, field, most_tokens, pad_id
+from ...engine.data import IGNORE, Example, Row, field, most_tokens, pad_id, task_of
 from ...engine.loop import Batch
 from ...errors import InputError
 from ...methods import method
-from . import Objective, class_for, tokenizer_needed
+from . import Objective, class_for, right, tokenizer_needed
 
 if TYPE_CHECKING:
     from ...base import Base
@@ -33,6 +34,7 @@ class MaskedLM(Objective):
     """
 
     adds_head = True
+    measures = ("loss", "accuracy")
 
     def __init__(self, cfg: MaskedLMConfig, base: Base, tokenizer: Any, rows: Sequence[Row]) -> None:
         tokenizer = tokenizer_needed(tokenizer, "masked-lm")
@@ -44,17 +46,28 @@ class MaskedLM(Objective):
         self.architecture = class_for(base.config, "MASKED_LM")
         if base.config.get("architectures") != [self.architecture]:
             self.patch = {"architectures": [self.architecture]}
+        self._tokenizer, self._most = tokenizer, most_tokens(tokenizer, base.config, cfg.max_length)
+        self.examples = self.encode(rows)
+
+    def encode(self, rows: Sequence[Row]) -> list[Example]:
         texts = [field(row, "text", k) for k, row in enumerate(rows)]
-        encoded = tokenizer(texts, truncation=True, max_length=most_tokens(tokenizer, base.config, cfg.max_length))["input_ids"]
-        self.examples = [{"input_ids": ids, "labels": ids} for ids in encoded if not self._special.issuperset(ids)]
-        if not self.examples:
+        encoded = self._tokenizer(texts, truncation=True, max_length=self._most)["input_ids"]
+        examples: list[Example] = [
+            {"input_ids": ids, "labels": ids, **task_of(row)} for ids, row in zip(encoded, rows, strict=True) if not self._special.issuperset(ids)
+        ]
+        if not examples:
             raise InputError("no row of the data has a token to guess")
+        return examples
 
     def collate(self, examples: Sequence[Example], keys: Sequence[int]) -> Batch:
-        return super().collate([self._hide(example["input_ids"], key) for example, key in zip(examples, keys, strict=True)], keys)
+        return super().collate([{**example, **self._hide(example["input_ids"], key)} for example, key in zip(examples, keys, strict=True)], keys)
 
     def weight(self, batch: Batch) -> float:
         return float((batch["labels"] != IGNORE).sum())
+
+    def figures(self, model: nn.Module, batch: Batch) -> Mapping[str, float]:
+        out = model(**batch)
+        return {"loss": float(out.loss), "accuracy": right(out.logits, batch["labels"])}
 
     def _hide(self, ids: list[int], key: int) -> Example:
         """One row with tokens hidden: three uniform numbers a token decide whether, how, and what instead."""

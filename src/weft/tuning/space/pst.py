@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from ... import xp
+from ...attaching.quantized import values
 from ...delta import Builder, Delta
 from ...engine.loop import Run
 from ...errors import UsageError
@@ -153,7 +154,7 @@ class PST(Fixed):
         tensors, op = handle.tensors(), delta.entries[each.part.target].ops[0]
         w = self.job.model.get_submodule(each.part.site.module)._parameters[each.part.site.param]
         assert w is not None
-        return w.float() + self.scale * (tensors[op.t["B"].key] @ tensors[op.t["A"].key]).float()
+        return values(w).float() + self.scale * (tensors[op.t["B"].key] @ tensors[op.t["A"].key]).float()
 
     @torch.no_grad()
     def _mask(self) -> None:
