@@ -37,9 +37,10 @@ IDS = {
     "replay": "ef468664f745c79237ee9eb74c9f790cfabcff079181a34193776cb91f016c27",
     "flipped": "79daa191d9092060da5a2d1cc20d9364c87bee6668a918c85e6d1cd9fb41c1f8",
     "live": "91cbd59db8e5a96b9551313e75098f550b70e903b5953c58398caf0a8c8bce77",
+    "routed": "3bddc868a78e4a4940895a381b68958b3c01993b5d7322db91632870ad93a82c",
 }
 FINGERPRINT = "6e5782227ab46cb37c202eae784eab32c68b8073a9cd416efd06d22dc1231438"
-FOLDABLE = [name for name in IDS if name != "live"]
+FOLDABLE = [name for name in IDS if name not in ("live", "routed")]
 
 # fmt: off
 TINY = (

@@ -220,9 +220,12 @@ def _check(base: Base, deltas: Sequence[Delta]) -> tuple[str, ...]:
         if delta.unfoldable:
             kinds = [f"{target} ({', '.join(op.op for op in delta.entries[target].ops)})" for target in delta.unfoldable]
             shown = ", ".join(kinds[:8]) + (f" and {len(kinds) - 8} more" if len(kinds) > 8 else "")
+            routed = any(op.op == "by_task" for target in delta.unfoldable for op in delta.entries[target].ops)
             raise MismatchError(
                 f"{delta.path or 'this delta'} ({ids[-1][:12]}) cannot be folded, because no checkpoint tensor holds what it does at run time: {shown}",
-                hint="attach it to the model instead, or fold the part that changes tensors: delta.only([...])",
+                hint="choose one of its tasks: --task NAME (weft.of_task)"
+                if routed
+                else "attach it to the model instead, or fold the part that changes tensors: delta.only([...])",
             )
     return tuple(ids)
 

@@ -160,7 +160,18 @@ def live(base: Base) -> Delta:
     )
 
 
-DELTAS = (tiny, additive, factors, axes, relative, structure, references, pools, replay, flipped, live)
+def routed(base: Base) -> Delta:
+    """Ops beside a module whose change depends on the token, or on the row's task."""
+    build = Builder(base)
+    shapes = {"router": (3, 3), "A": (3, 1, 3), "B": (3, 4, 1)}
+    build.put("@module/a", "mixture", {name: numbers(*shape, start=len(name)) for name, shape in shapes.items()}, scale=0.5, top_k=1)
+    build.put("@module/a", "by_task", {"A": numbers(2, 1, 3, start=4), "B": numbers(2, 4, 1, start=9)}, tasks=["qa", "día"], scale=2.0)
+    skills = {"A": numbers(3, 2, 4, start=6), "B": numbers(3, 2, 2, start=2), "Z": numbers(1, 2, 3, start=11)}
+    build.put("@module/old", "by_task", skills)
+    return build.done(recipe={"verb": "golden"})
+
+
+DELTAS = (tiny, additive, factors, axes, relative, structure, references, pools, replay, flipped, live, routed)
 
 
 def write_all(folder: Path) -> dict[str, str]:

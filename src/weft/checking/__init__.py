@@ -136,14 +136,16 @@ def generate(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     mode: Mode = "auto",
+    task: str = "",
 ) -> str:
     """How a causal language model with deltas continues `prompt`: the new text alone.
 
     temperature 0 takes the most likely token each time (or the best of `num_beams` beams); above it, tokens are drawn,
-    and the same seed draws the same ones on the same machine.
+    and the same seed draws the same ones on the same machine. `task` is what a delta that differs by task is asked for.
     """
     import torch
 
+    from ..attaching import set_tasks
     from ..engine.data import opened
     from .running import running
 
@@ -156,6 +158,7 @@ def generate(
         how: dict[str, Any] = {"do_sample": True, "temperature": temperature}
         if temperature <= 0:  # the checkpoint's own settings for drawing are taken out, or transformers complains of them
             how = {"do_sample": False, "num_beams": num_beams, "temperature": None, "top_p": None, "top_k": None}
+        set_tasks(run.model, task or ())
         with torch.inference_mode(), torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
             torch.manual_seed(seed)
             out = run.model.generate(encoded, attention_mask=torch.ones_like(encoded), max_new_tokens=max_new_tokens, pad_token_id=run.pad, **how)

@@ -13,7 +13,8 @@ import torch
 from ..attaching import Mode, attach, check_ran
 from ..base import Base
 from ..delta import loaded
-from ..engine.data import Example, pad_id, padded
+from ..engine.data import Example, pad_id, padded, tasks_of
+from ..engine.routed import differs
 from ..engine.rows import has_head
 from ..errors import UsageError
 
@@ -26,7 +27,10 @@ HEADS = {
 
 @dataclass
 class Running:
-    """`model` in eval mode on `device`, its `tokenizer`, the `base`, and the `ids` of the deltas on it."""
+    """`model` in eval mode on `device`, its `tokenizer`, the `base`, and the `ids` of the deltas on it.
+
+    by_task: whether what the model computes differs by the task of a row
+    """
 
     base: Base
     ids: list[str]
@@ -34,6 +38,7 @@ class Running:
     tokenizer: Any
     device: torch.device
     pad: int
+    by_task: bool = False
 
     def batches(
         self, examples: Sequence[Example], size: int, progress: Callable[[int, int], None] | None
@@ -43,8 +48,9 @@ class Running:
         for start in range(0, len(order), size):
             numbers = order[start : start + size]
             batch = {name: value.to(self.device) for name, value in padded([examples[k] for k in numbers], self.pad).items()}
+            task = tasks_of([examples[k] for k in numbers]) if self.by_task and any("task" in example for example in examples) else {}
             with torch.inference_mode():
-                logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+                logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **task).logits
             if not start:
                 self.check()
             yield numbers, batch, logits
@@ -76,7 +82,7 @@ def running(base: Base | str | Path, deltas: Any, device: Any, dtype: Any, mode:
         model.config.pad_token_id = pad  # decoders that classify find the last token of each text by it
     if chosen:
         attach(model, chosen, base=opened, mode=mode)
-    yield Running(opened, ids, model, tokenizer, where, pad)
+    yield Running(opened, ids, model, tokenizer, where, pad, any(map(differs, chosen)))
 
 
 def _best_device() -> torch.device:

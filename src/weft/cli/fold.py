@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 @base
 @argument("deltas", metavar="DELTA...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @out_folder
+@option("--task", metavar="NAME", help="The task to fold, of deltas that differ by task.")
 @option("--allow-noop", is_flag=True, help="Write the checkpoint even if no bit of it changes.")
 @workers
-def command(out: Output, base: str, deltas: tuple[Path, ...], target: Path, allow_noop: bool, threads: int) -> None:
+def command(out: Output, base: str, deltas: tuple[Path, ...], target: Path, task: str | None, allow_noop: bool, threads: int) -> None:
     """Write deltas, in the order given, into a full checkpoint that any tool can load.
 
     \b
@@ -33,6 +34,11 @@ def command(out: Output, base: str, deltas: tuple[Path, ...], target: Path, allo
     opened, loaded = Base.open(base), read_deltas(deltas)
     with out.progress("hashing the base") as progress:
         opened.hash_all(progress)
+    if task is not None:
+        from ..engine.routed import differs, of_task
+
+        chosen = [differs(delta) for delta in loaded]
+        loaded = [of_task(delta, opened, task) if differ or not any(chosen) else delta for delta, differ in zip(loaded, chosen, strict=True)]
     with out.progress("folding") as progress:
         report = fold(opened, loaded, target, threads=threads, allow_noop=allow_noop, progress=progress)
     out.result(report.json(), summary(report), str(target))

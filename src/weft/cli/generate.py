@@ -19,6 +19,7 @@ from .output import Output
 @option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True, help="The longest continuation.")
 @option("--num-beams", type=click.IntRange(1), default=1, show_default=True, help="Beams to search with.")
 @option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0: the most likely tokens; above: tokens are drawn.")
+@option("--task", default="", metavar="NAME", help="The task that is meant, for deltas that differ by task.")
 @seed
 @mode
 @device

@@ -13,7 +13,7 @@ from .spec import At, OpEntry, Ref, Term
 
 __all__ = ["At", "Generator", "Op", "OpEntry", "Ref", "Term", "get", "kinds"]
 
-_NOT_OPS = {"op", "spec", "chain", "layout"}
+_NOT_OPS = {"op", "spec", "chain", "layout", "routing"}
 _PLUGINS = "weft.ops"
 
 

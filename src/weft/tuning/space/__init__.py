@@ -59,6 +59,7 @@ class Job:
     head:               the tensors that the objective adds: trained whatever the space is
     goal, loop:         the objective, and how much is trained at a time: for what a space wants to know of the data before it starts
     trial:              `trial(parameters, steps)` trains parameters of the model as the run will (0 steps: as many), and says nothing of it
+    origin:             an earlier delta to begin from, for spaces that can (`Space.takes_origin`)
     earlier:            what the space's `state` gave in the run that is resumed: what it found out from the data need not be found again
     delta, handle:      the delta as it was built, and its handle on the model; None until it is attached
     """
@@ -72,6 +73,7 @@ class Job:
     loop: LoopConfig = field(default_factory=LoopConfig)
     trial: Callable[[dict[str, nn.Parameter], int], None] | None = None
     earlier: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    origin: Delta | None = None
     delta: Delta | None = None
     handle: Handle | None = None
 
@@ -142,9 +144,11 @@ class Space(Hooks):
     live:   trains the model's own parameters, so the model is float32 and nothing is attached
     lr:     a peak learning rate that suits the space with AdamW, used where none is given
     frozen: fields of its ops that stay what they are at the start, although the ops could train them
+    takes_origin: can begin from an earlier delta (`Job.origin`)
     """
 
     live: bool = False
+    takes_origin: bool = False
     lr: float = 1e-3
     frozen: frozenset[str] = frozenset()
 
