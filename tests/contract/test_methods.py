@@ -22,7 +22,7 @@ KINDS = {"space": "tune", "optimizer": "tune", "edit": "edit", "merge": "merge",
 """The kinds whose methods are run here, each with the verb of its recipe."""
 
 FACTS = [{"prompt": "the river is", "subject": "river", "target_new": "a good film"}, {"prompt": "who is in the city", "subject": "city", "target_new": "it"}]
-ROWS = [{"text": f"what is the {a} of {b}", "label": a} for a in ("river", "city", "film") for b in ("good", "bad", "a", "it")]
+ROWS = [{"text": f"what is the {a} of {b}", "label": a, "task": b} for a in ("river", "city", "film") for b in ("good", "bad", "a", "it")]
 SORTED = [{"text": text, "label": tiny.LABELS[number % 3]} for number, text in enumerate(tiny.texts(12, seed=5))]
 TEXTS = [{"text": f"the {text}"} for text in tiny.texts(30)]
 
@@ -110,6 +110,15 @@ def test_every_other_verb_takes_the_result(
     base = Base.open(folder)
     for command in (["show", path], ["verify", path, "--base", folder], ["fold", folder, path, "-o", tmp_path / "folded"]):
         capsys.readouterr()
+        if command[0] == "fold" and delta.unfoldable:
+            assert main([str(part) for part in command]) == 3
+            assert "what it does at run time" in capsys.readouterr().err
+            model = base.model([delta])
+            before = {key: bits(value) for key, value in model.state_dict().items()}
+            weft.attach(model, delta, base=base)
+            weft.detach(model)
+            assert before == {key: bits(value) for key, value in model.state_dict().items()}
+            return
         assert main([str(part) for part in (*command, "--format", "json")]) == 0
         assert isinstance(json.loads(capsys.readouterr().out), dict)
     again = weft.merge([delta, delta], base, "task-arithmetic", weights=[0.5, 0.5])
