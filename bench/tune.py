@@ -7,6 +7,8 @@ start for both, AdamW. Each contender has a model of its own, and their steps ta
 hurts both; figures are medians. `bare` is the model's own forward and the full tuning step. `floor`: the same matrix products by themselves,
 those of a forward and of the gradient by the activations (4 N T operations), measured in the same turns.
 
+`attach_ms`: weft loads, checks and attaches a delta from a file; PEFT injects fresh adapters.
+
 Peak memory comes from a process for each contender: the largest resident set in three steps, less that before the delta was attached.
 --medium: float32 products as torch.set_float32_matmul_precision("medium") does them, with the error of one product printed.
 """
@@ -18,6 +20,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,23 +51,26 @@ def build(args: argparse.Namespace, dtype: str) -> nn.Module:
 
 
 def with_weft(model: nn.Module) -> tuple[list[nn.Parameter], float]:
-    """What is trained, and the milliseconds that attaching took, with the base's hashes known."""
+    """What is trained, and the milliseconds from a file to an attached delta; the base is a folder whose fingerprint is known."""
+    from weft import Base, Delta
     from weft.attaching import attach
-    from weft.base import Base
     from weft.delta import Builder
     from weft.ops import Generator, lowrank
 
-    base = Base.of(model)
-    build = Builder(base)
-    gen = Generator(0)
-    for name in base.names:
-        if name.split(".")[-2] in LINEAR:
-            build.put(name, "lowrank", lowrank.OP.init(base.tensor(name).shape, gen, rank=RANK), scale=ALPHA / RANK)
-    delta = build.done()
-    base.hash_all()
-    begin = time.process_time()
-    handle = attach(model, delta, base=base, trainable=True)
-    return handle.parameters(), (time.process_time() - begin) * 1e3
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        base = Base.open(folder)
+        build = Builder(base)
+        gen = Generator(0)
+        for name in base.names:
+            if name.split(".")[-2] in LINEAR:
+                build.put(name, "lowrank", lowrank.OP.init(base.tensor(name).shape, gen, rank=RANK), scale=ALPHA / RANK)
+        path = Path(folder) / "delta.safetensors"
+        build.done().save(path)
+        base.hash_all()
+        begin = time.process_time()
+        handle = attach(model, Delta.load(path), base=base, trainable=True)
+        return handle.parameters(), (time.process_time() - begin) * 1e3
 
 
 def with_peft(model: nn.Module) -> tuple[list[nn.Parameter], float]:

@@ -1,4 +1,4 @@
-"""Every space with every kind of optimizer, schedule and guard: a run that is interrupted ends with the same delta, which folds.
+"""Every space with every kind of optimizer, schedule and guard: a run that is killed and goes on ends with the same delta, which folds.
 
 `make test` takes as few runs as have every pair of choices in one of them; `make test-all` takes all there are.
 """
@@ -15,9 +15,9 @@ import pytest
 
 import weft
 from tests import tiny
+from tests.killed import tune_until_killed
 from weft import methods
 from weft.base import Base
-from weft.engine.events import Event
 from weft.errors import UsageError
 
 CHOICES: dict[str, Sequence[str]] = {
@@ -64,15 +64,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.gpt2(tmp_path_factory.mktemp("combinations") / "gpt2")
 
 
-def stop(event: Event) -> None:
-    if event["event"] == "save":
-        raise KeyboardInterrupt
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("chosen", list(product(*CHOICES.values())) if os.environ.get("WEFT_TEST_ALL") else every_pair(CHOICES), ids="-".join)
 def test_choices_combine(model: Path, tmp_path: Path, chosen: tuple[str, ...]) -> None:
-    """Two steps; one step, a saved state, and one more; the same delta, which a checkpoint takes up."""
+    """Two steps; one step, a saved state, SIGKILL, and one more; the same delta, which a checkpoint takes up."""
     options: dict[str, Any] = {name: choice for name, choice in zip(CHOICES, chosen, strict=True) if name != "guard"}
     options |= {
         "guards": [each for each in chosen[3:] if each],
@@ -88,8 +83,8 @@ def test_choices_combine(model: Path, tmp_path: Path, chosen: tuple[str, ...]) -
         return
     whole = weft.tune(model, ROWS, **options)
     out = tmp_path / "d.safetensors"
-    with pytest.raises(KeyboardInterrupt):
-        weft.tune(model, ROWS, out=out, save_every=1, **{**options, "progress": stop})
+    tune_until_killed(model, ROWS, step=2, out=out, save_every=1, **{**options, "progress": None})
+    assert not out.exists()
     again = weft.tune(model, ROWS, out=out, resume=f"{out}.state", **options)
     assert again.id == whole.id
     if whole.foldable:

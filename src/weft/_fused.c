@@ -207,7 +207,22 @@ INLINE void combine_as(int bf16, int elect, int masked, int limited, const Rule 
 }
 
 /* The same with each kind of rule known to the compiler. */
-#define COMBINE(NAME, BF16)                                                                                                                    EACH_CPU static void NAME(const Rule *rule, const void *base, const void *const *models, const uint16_t *const *numbers, size_t count,                               Group *taus, float *out, Seen *seen) {                                                                              if (rule->elect == BY_COUNT)                                                                                                                   combine_as(BF16, BY_COUNT, numbers != NULL, 1, rule, base, models, numbers, count, taus, out, seen);                                   else if (rule->elect && numbers)                                                                                                               combine_as(BF16, BY_MASS, 1, !rule->all, rule, base, models, numbers, count, taus, out, seen);                                         else if (rule->elect)                                                                                                                          combine_as(BF16, BY_MASS, 0, !rule->all, rule, base, models, numbers, count, taus, out, seen);                                         else if (numbers)                                                                                                                              combine_as(BF16, NO_ELECTION, 1, !rule->all, rule, base, models, numbers, count, taus, out, seen);                                     else if (rule->all)                                                                                                                            combine_as(BF16, NO_ELECTION, 0, 0, rule, base, models, numbers, count, taus, out, seen);                                              else                                                                                                                                           combine_as(BF16, NO_ELECTION, 0, 1, rule, base, models, numbers, count, taus, out, seen);                                          }
+#define COMBINE(NAME, BF16)                                                                                                                \
+    EACH_CPU static void NAME(const Rule *rule, const void *base, const void *const *models, const uint16_t *const *numbers, size_t count, \
+                              Group *taus, float *out, Seen *seen) {                                                                       \
+        if (rule->elect == BY_COUNT)                                                                                                       \
+            combine_as(BF16, BY_COUNT, numbers != NULL, 1, rule, base, models, numbers, count, taus, out, seen);                           \
+        else if (rule->elect && numbers)                                                                                                   \
+            combine_as(BF16, BY_MASS, 1, !rule->all, rule, base, models, numbers, count, taus, out, seen);                                 \
+        else if (rule->elect)                                                                                                              \
+            combine_as(BF16, BY_MASS, 0, !rule->all, rule, base, models, numbers, count, taus, out, seen);                                 \
+        else if (numbers)                                                                                                                  \
+            combine_as(BF16, NO_ELECTION, 1, !rule->all, rule, base, models, numbers, count, taus, out, seen);                             \
+        else if (rule->all)                                                                                                                \
+            combine_as(BF16, NO_ELECTION, 0, 0, rule, base, models, numbers, count, taus, out, seen);                                      \
+        else                                                                                                                               \
+            combine_as(BF16, NO_ELECTION, 0, 1, rule, base, models, numbers, count, taus, out, seen);                                      \
+    }
 
 COMBINE(combine16, 1)
 COMBINE(combine32, 0)
@@ -371,12 +386,14 @@ static int write_all(int fd, const char *from, size_t count, int64_t position) {
 
 /* For each of several jobs: base and models read from files, combined, settled, written; never more than some pieces are in memory. `places` are
  * the positions of the first entry in the files of the models and of the base (the last), `outs` those in the file `out`. With out < 0 nothing is
- * written: the combined increments are put into memory (`into`, `outs` being entries), or only the election's balance is found. For each job its own numbers and keys, and in `found`: changed entries, balance. Returns 0, or what went
- * wrong with the first job that failed (found[0] is then its number, found[1] errno): 1: an increment is not finite. -1: no memory. -2: reading, -3: writing failed. */
+ * written: the combined increments are put into memory (`into`, `outs` being entries), or only the election's balance is found. Each job has its
+ * own numbers and keys, and in `found`: changed entries, balance. Returns 0, or what went wrong with the first job that failed (found[0] is then
+ * its number, found[1] errno): 1: an increment is not finite. -1: no memory. -2: reading, -3: writing failed. */
 PUBLIC int weft_merged(int jobs, int n, const float *numbers, const uint64_t *keys, uint32_t dropped, int elect, int zero_is_plus, int bf16,
-                       const int *fds, const int64_t *places, const int64_t *starts, const int64_t *counts, int out, const int64_t *outs, float *into, int64_t *found, double *sums) {
+                       const int *fds, const int64_t *places, const int64_t *starts, const int64_t *counts, int out, const int64_t *outs, float *into,
+                       int64_t *found, double *sums) {
     size_t width = bf16 ? 2 : 4, wide = PIECE * width, rows = (size_t)n + 1, many = out < 0 ? 0 : WRITE;
-    char *stored = malloc((rows + many) * wide), *new = stored + rows * wide;
+    char *stored = malloc((rows + many) * wide), *new = stored ? stored + rows * wide : NULL;
     float by[CHUNK];
     Room room;
     int failed = make_room(&room, n) && stored ? 0 : -1, job = 0;

@@ -338,17 +338,17 @@ class LiveBase(Base):
 
     def tensor(self, name: str) -> Tensor:
         """One tensor as it is in the module now, under its checkpoint name or any name transformers would load it by."""
-        from .names import live_tensors
+        from .names import live_tensor
 
-        places, live = self._map.live(name), live_tensors(self.module)
+        places = self._map.live(name)
         if not places:
             raise MismatchError(f"tensor {name!r} has no place in {self.source}: {self._map.why(name)}")
         if len(places) == 1 and places[0].part is None:
-            value = live[places[0].name].detach()
+            value = live_tensor(self.module, places[0].name).detach()
             return hold(places[0].at.get(value) if places[0].at else value)
-        whole = live[places[0].name].detach().new_empty(self._saved[name][1])
+        whole = live_tensor(self.module, places[0].name).detach().new_empty(self._saved[name][1])
         for place in places:
-            value = live[place.name].detach()
+            value = live_tensor(self.module, place.name).detach()
             (place.part.get(whole) if place.part else whole).copy_(place.at.get(value) if place.at else value)
         return hold(whole)
 

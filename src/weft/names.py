@@ -209,6 +209,17 @@ def live_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)}
 
 
+def live_tensor(model: nn.Module, name: str) -> torch.Tensor:
+    """One of `live_tensors`, without making the list of all."""
+    path, _, last = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return live_tensors(model)[name]
+    found = module._parameters.get(last)
+    return found if found is not None else live_tensors(model)[name]  # buffers may be hidden, and modules may save themselves in their own way
+
+
 def saved_layout(model: nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Names, dtypes and shapes that the model's own checkpoint has: transformers' layout for its models, else the live one."""
     from transformers import PreTrainedModel
