@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from itertools import product
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from scipy.stats import spearmanr
 
 import weft
 from tests import tiny
 from weft.cli.app import app
 from weft.cli.output import Output
+from weft.demo import edition, microcosm
 from weft.errors import MismatchError, UsageError
 
 FAST: dict[str, Any] = {"steps": 4, "batch_size": 8, "lr": 1e-2}
@@ -71,6 +74,27 @@ def test_autopeft_on_labelled_rows_with_a_space_of_its_own(tmp_path: Path) -> No
     for trial in found["trials"]:
         assert set(trial["params"]) == {"layer.1", "role.attention.query", "role.mlp", "space", "lora.rank", "nola.k", "lr"}
     assert all(0 <= each["values"]["accuracy"] <= 1 for each in found["front"])
+
+
+@pytest.mark.slow
+def test_what_is_better_on_one_task_is_better_on_another() -> None:
+    """Spearman's rank correlation of twelve configurations: the mood of reviews, and a style of answering."""
+    base, rows = weft.Base.open(edition("first")), {name: microcosm.files()[f"{name}.train"] for name in ("mood", "style")}
+    for each in rows.values():
+        random.Random(0).shuffle(each)
+    how: dict[str, Any] = {"steps": 30, "batch_size": 16, "seed": 0}
+    space = {"spaces": {"lora": {"rank": [1, 4, 16]}}, "options": {"lr": [3e-3]}}
+    found = weft.search("autopeft", base, data=rows["mood"][:240], space=space, trials=12, startup=12, test_seeds=(), **how)
+    first, second = [], []
+    for trial in found["trials"]:
+        chosen = trial["params"]
+        roles = [role for role in ("attention", "mlp") if chosen[f"role.{role}"]]
+        targets = [f"{role}@{layer}" for role in roles for layer in range(4) if chosen[f"layer.{layer}"]]
+        if targets:
+            delta = weft.tune(base, rows["style"][:240], method="lora", lr=3e-3, **{"space.targets": targets, "space.rank": chosen["lora.rank"]}, **how)
+            first.append(trial["values"]["accuracy"])
+            second.append(-weft.evaluate(base, delta, rows["style"][240:340])["metrics"]["nll"])
+    assert len(first) > 8 and spearmanr(first, second).statistic > 0.4
 
 
 @pytest.mark.slow
