@@ -1,11 +1,12 @@
 """Tuning steps of LoRA, side by side with HF PEFT: CPU time a step, forward, attaching, and peak memory.
 
-    python bench/tune.py [--steps 9] [--threads 1] [--dtypes float32 bfloat16] [--attention eager] [--medium] [--small] [--json]
+    python bench/tune.py [--model llama] [--steps 9] [--threads 1] [--dtypes float32 bfloat16] [--attention eager] [--medium] [--small] [--json]
 
-A random Llama of 97M parameters (12 layers of width 768), batches of 4 x 256 tokens, LoRA of rank 8 on all seven linear layers of each block, the same
-start for both, AdamW. Each contender has a model of its own, and their steps take turns in one process, so that whatever else the machine does
-hurts both; figures are medians. `bare` is the model's own forward and the full tuning step. `floor`: the same matrix products by themselves,
-those of a forward and of the gradient by the activations (4 N T operations), measured in the same turns.
+LoRA of rank 8 on all linear layers of each block, with AdamW: on a random Llama of 97M parameters (12 layers of width 768) with batches of 4 x 256 tokens,
+or on all-MiniLM-L6-v2 (--model minilm, 6 layers of width 384) as a classifier with batches of 32 x 32. Each contender has a model of its own, and their
+steps take turns in one process, so that whatever else the machine does hurts both; figures are medians. `bare` is the model's own forward and the full
+tuning step. `floor`: the same matrix products by themselves, those of a forward and of the gradient by the activations (4 N T operations), measured in
+the same turns.
 
 `attach_ms`: weft loads, checks and attaches a delta from a file; PEFT injects fresh adapters.
 
@@ -30,14 +31,21 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-ROWS, TOKENS, RANK, ALPHA = 4, 256, 8, 16.0
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+RANK, ALPHA = 8, 16.0
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "query", "key", "value", "dense")
+SHAPE = {"llama": (4, 256), "minilm": (32, 32)}
+"""Rows and tokens of a batch."""
 
 
 def build(args: argparse.Namespace, dtype: str) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
+    if args.model == "minilm":
+        from weft.demo import minilm
+
+        found = AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=6, attn_implementation=args.attention, local_files_only=True)
+        return found.to(getattr(torch, dtype))  # type: ignore[no-any-return]
     width, layers = (128, 2) if args.small else (768, 12)
     config = LlamaConfig(
         hidden_size=width,
@@ -63,7 +71,7 @@ def with_weft(model: nn.Module) -> tuple[list[nn.Parameter], float]:
         build = Builder(base)
         gen = Generator(0)
         for name in base.names:
-            if name.split(".")[-2] in LINEAR:
+            if name.split(".")[-2] in LINEAR and name.endswith("weight"):
                 build.put(name, "lowrank", lowrank.OP.init(base.tensor(name).shape, gen, rank=RANK), scale=ALPHA / RANK)
         path = Path(folder) / "delta.safetensors"
         build.done().save(path)
@@ -98,12 +106,14 @@ class Runner:
             p.requires_grad_(name == "bare")
         trained, self.attach_ms = (list(self.model.parameters()), 0.0) if name == "bare" else CONTENDERS[name](self.model)
         self.optimizer = torch.optim.AdamW(trained, lr=1e-3)
-        self.ids = torch.randint(8000, (ROWS, TOKENS), generator=torch.Generator().manual_seed(1))
+        gen = torch.Generator().manual_seed(1)
+        self.ids = torch.randint(1, 8000, SHAPE[args.model], generator=gen)
+        self.labels = self.ids if args.model == "llama" else torch.randint(6, self.ids.shape[:1], generator=gen)
         self.model.train()
 
     def step(self) -> float:
         begin = time.process_time()
-        loss = self.model(input_ids=self.ids, labels=self.ids).loss
+        loss = self.model(input_ids=self.ids, labels=self.labels).loss
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -120,9 +130,9 @@ class Runner:
 class Floor:
     """The products of all linear layers of a step: forward, and the gradient by the activations."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, tokens: int) -> None:
         self.weights = [m.weight.detach() for m in model.modules() if isinstance(m, nn.Linear)]
-        self.inputs = {n: torch.randn(ROWS * TOKENS, n).to(self.weights[0].dtype) for w in self.weights for n in w.shape}
+        self.inputs = {n: torch.randn(tokens, n).to(self.weights[0].dtype) for w in self.weights for n in w.shape}
 
     def step(self) -> float:
         begin = time.process_time()
@@ -134,7 +144,7 @@ class Floor:
 
 def memory(name: str, args: argparse.Namespace, dtype: str) -> float:
     """MiB above the model, from a process of its own."""
-    flags = [f"--threads={args.threads}", f"--attention={args.attention}", *["--small"] * args.small, *["--medium"] * args.medium]
+    flags = [f"--model={args.model}", f"--threads={args.threads}", f"--attention={args.attention}", *["--small"] * args.small, *["--medium"] * args.medium]
     run = [sys.executable, __file__, "--peak", name, "--dtypes", dtype, *flags]
     return float(subprocess.run(run, check=True, capture_output=True, text=True).stdout.split()[-1])
 
@@ -163,7 +173,7 @@ def _status(key: str) -> float:
 
 def compare(args: argparse.Namespace, dtype: str) -> list[dict[str, Any]]:
     runners = {name: Runner(name, args, dtype) for name in ("bare", *CONTENDERS)}
-    floor = Floor(runners["bare"].model)
+    floor = Floor(runners["bare"].model, runners["bare"].ids.numel())
     times: dict[str, list[float]] = {name: [] for name in (*runners, "floor")}
     forwards: dict[str, list[float]] = {name: [] for name in runners}
     for _ in range(args.steps + 1):
@@ -184,6 +194,7 @@ def compare(args: argparse.Namespace, dtype: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(SHAPE), default="llama")
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])

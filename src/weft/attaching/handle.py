@@ -227,7 +227,9 @@ class Handle:
         return self._spread
 
     def _holder(self, path: str) -> Tensors:
-        return self._spread.setdefault(path, Tensors())
+        if path not in self._spread:  # (making a module that is thrown away takes longer than all else here)
+            self._spread[path] = Tensors()
+        return self._spread[path]
 
     def _register(self, path: str, key: str) -> str:
         """A name for a key within one module, free of dots; the same in every layer, so that compiled code is shared."""
@@ -274,7 +276,8 @@ def _ran(m: nn.Module) -> set[str]:
 
 def _device_of(m: nn.Module) -> torch.device:
     """Where a module computes, also when its parameters are offloaded between calls."""
-    first = next(iter(m.parameters()), None)
+    first = next((p for p in m._parameters.values() if p is not None), None)
+    first = next(iter(m.parameters()), None) if first is None else first
     if first is not None and first.device.type != "meta":
         return first.device
     return torch.device(getattr(getattr(m, "_hf_hook", None), "execution_device", None) or "cpu")
