@@ -20,6 +20,7 @@ from weft.attaching import attach, detach
 from weft.base import Base
 from weft.config import make
 from weft.delta import Builder, Delta
+from weft.engine.data import data_hash
 from weft.engine.events import Event
 from weft.engine.loop import Run
 from weft.engine.permutations import by_tensor
@@ -450,6 +451,19 @@ def test_loram_serves_the_whole_model_and_better_after_alignment(tmp_path: Path)
     aligned = tune(base, files()["judge.train"][:600], align=60, align_lr=1e-3, align_data=str(text), **how)
     before, one, two = (evaluate(base, deltas, asked, batch_size=50)["metrics"]["nll"] for deltas in ([], [plain], [aligned]))
     assert two < 0.8 * one and one < 0.3 * before
+
+
+@pytest.mark.parametrize(("name", "option", "more"), [("loram", "align_data", {"align": 1}), ("corda", "context", {})])
+def test_the_recipe_has_the_hash_of_a_file_and_not_its_place(folders: dict[str, Path], tmp_path: Path, name: str, option: str, more: dict[str, Any]) -> None:
+    rows = [{"text": text} for text in tiny.texts(8)]
+    how: dict[str, Any] = {"method": name, "steps": 2, "batch_size": 4, "threads": 1, "progress": silent, **more}
+    found = []
+    for place, count in (("a", 8), ("b", 8), ("c", 7)):
+        path = tmp_path / f"{place}.jsonl"
+        path.write_text("\n".join(json.dumps(row) for row in rows[:count]))
+        found.append(tune(folders["llama"], rows, **how, **{option: str(path)}))
+    assert found[0].id == found[1].id and found[0].recipe["config"]["space"][option] == data_hash(rows[:8])
+    assert found[2].recipe["config"]["space"][option] == data_hash(rows[:7])
 
 
 # --- light-peft

@@ -178,7 +178,7 @@ def tune(
                 if kept is not None:
                     hooks.append(kept)
                 run = run_of(tensors, configs["loop"], hooks)
-                recipe = _recipe(choices, guards, configs, seed, data_hash(rows), tokenizer, model) | computed
+                recipe = _recipe(choices, guards, configs, seed, data_hash(rows), job.files, tokenizer, model) | computed
                 if best:
                     recipe["evaluation"] = {"data": None if tested is None else data_hash(tested), "every": evaluate_every}
                 identity = {"base": base.fingerprint, "over": [delta.id for delta in before], **({} if begin is None else {"origin": begin.id}), **recipe}
@@ -306,11 +306,13 @@ def _recipe(
     configs: Mapping[str, msgspec.Struct],
     seed: int,
     data: str,
+    files: Mapping[str, str],
     tokenizer: Any,
     model: nn.Module,
 ) -> dict[str, Any]:
-    """Everything that the result depends on."""
+    """Everything that the result depends on. Of files that the space has read the hash of the rows, as of the data, and not where they lie."""
     parts: dict[str, Any] = {kind: {"name": name, **config.as_dict(configs[kind])} for kind, name in choices.items()}
+    parts["space"] = {name: files.get(value, value) if isinstance(value, str) else value for name, value in parts["space"].items()}
     parts["guards"] = [{"name": name, **config.as_dict(configs[name])} for name in guards]
     parts["loop"] = config.as_dict(configs["loop"])
     return {

@@ -22,6 +22,7 @@ from torch import nn
 
 from ... import xp
 from ...delta import Builder, Delta
+from ...engine.data import Row, data_hash, read_rows
 from ...engine.loop import Hooks, LoopConfig, Objective
 from ...errors import UsageError
 from ...ops import At, Generator, OpEntry, chain
@@ -62,6 +63,7 @@ class Job:
     origin:             an earlier delta to begin from, for spaces that can (`Space.takes_origin`)
     earlier:            what the space's `state` gave in the run that is resumed: what it found out from the data need not be found again
     delta, handle:      the delta as it was built, and its handle on the model; None until it is attached
+    files:              the hashes of what `rows` has read, by path: the recipe has them in the place of paths
     """
 
     base: Base
@@ -76,6 +78,13 @@ class Job:
     origin: Delta | None = None
     delta: Delta | None = None
     handle: Handle | None = None
+    files: dict[str, str] = field(default_factory=dict)
+
+    def rows(self, path: str) -> list[Row]:
+        """The rows of a file that an option of the space names."""
+        found = read_rows(path)
+        self.files[path] = data_hash(found)
+        return found
 
     @property
     def attached(self) -> tuple[Delta, Handle]:

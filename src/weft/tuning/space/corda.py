@@ -22,7 +22,6 @@ import torch
 from torch import nn
 
 from ...delta import Builder
-from ...engine.data import read_rows
 from ...engine.statistics import gathered, second_moments
 from ...errors import InputError, UsageError
 from ...methods import method
@@ -66,7 +65,7 @@ class CorDA(Space):
         """C of each module's inputs, float64."""
         job, device = self.job, next(self.job.model.parameters()).device
         if self.cfg.context:
-            texts = [str(row["text"]) for row in read_rows(self.cfg.context)[: self.cfg.samples] if "text" in row]
+            texts = [str(row["text"]) for row in job.rows(self.cfg.context)[: self.cfg.samples] if "text" in row]
             if not texts:
                 raise InputError(f"{self.cfg.context}: no row has a `text`")
             found = second_moments(job.model, job.base.tokenizer(), texts, modules, batch_size=8, device=device)

@@ -12,8 +12,8 @@ prune=unstructured sets the share `ratio` of each target's entries to zero, the 
 have their full size and are used as they are. It saves no memory here.
 
 Memory while training is that of the pruned model. Not followed: the paper's structured pruning asks LLM-Pruner (gradients of the whole
-model), its alignment is done once for all tasks, and it can quantise what is left. A run that goes on aligns anew. The recipe
-has the path of `align_data`. Known architectures are those of `weft.engine.symmetries`.
+model), its alignment is done once for all tasks, and it can quantise what is left. A run that goes on aligns anew. Known
+architectures are those of `weft.engine.symmetries`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import msgspec
 import numpy as np
 import torch
 
-from ...engine.data import read_rows
 from ...engine.events import Events
 from ...engine.loop import LoopConfig, Run, train
 from ...errors import UsageError
@@ -85,7 +84,7 @@ class LoRAM(Slim):
         if not self.cfg.align:
             return
         wanted = get("objective", "causal-lm")
-        text = wanted.run(wanted.config(), self.job.base, self.job.base.tokenizer(), read_rows(self.cfg.align_data))
+        text = wanted.run(wanted.config(), self.job.base, self.job.base.tokenizer(), self.job.rows(self.cfg.align_data))
         values = {name: value for name, value in self.job.model.named_parameters() if value.is_floating_point()}
         dtypes = {name: value.dtype for name, value in values.items()}
         for value in values.values():
