@@ -112,7 +112,7 @@ def started(name: str, data: str, train: str, test: str, args: argparse.Namespac
     command = [sys.executable, __file__, "one", name, train, test, f"--steps={args.steps}", f"--seed={args.seed}", f"--factor={factor}"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        print(f"{data}, {name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        print(f"{data}, {name}: {(done.stderr.strip().splitlines() or [f'exit code {done.returncode}'])[-1]}", file=sys.stderr)
         return None
     line = {"data": data, "space": name, "steps": args.steps, "seed": args.seed, "factor": factor, **json.loads(done.stdout.splitlines()[-1])}
     print(json.dumps(line), flush=True)

@@ -487,6 +487,30 @@ def test_a_random_projection_keeps_lengths_and_differs_from_stream_to_stream() -
     np.testing.assert_allclose(coef @ basis, one, atol=1e-3)
 
 
+@pytest.mark.parametrize(("d", "shape", "first"), [(5, (7, 30), 0), (200, (3, 700), 130), (700, (5, 900), 2000), (70_000, (300, 600), 0)])
+def test_the_fast_projection_is_the_plain_one_with_its_gradients(d: int, shape: tuple[int, int], first: int) -> None:
+    """Products in pieces against the sums that folding takes; the gradient is the transpose, and passes through once more."""
+    from weft.ops import fastfood
+
+    rng = np.random.default_rng(d)
+    cfg = fastfood.OP.config({"seed": 9, "stream": 3, "first": first, "scale": 0.5})
+    coef, w, weight = (rng.normal(size=each) for each in (d, shape, shape))
+
+    def plain(z: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return np.asarray(fastfood.OP.apply(w, {"coef": z}, cfg))
+
+    z = torch.tensor(coef, requires_grad=True)
+    out = fastfood.OP.apply(torch.tensor(w), {"coef": z}, cfg)
+    np.testing.assert_allclose(out.detach().numpy(), plain(coef), rtol=1e-9, atol=1e-9)
+    (grad,) = torch.autograd.grad((out * torch.tensor(weight)).sum(), z, create_graph=True)
+    for k in rng.choice(d, 3, replace=False):
+        one = np.zeros(d)
+        one[k] = 1.0
+        assert float(grad[k]) == pytest.approx(float(((plain(one) - w) * weight).sum()), rel=1e-7, abs=1e-7)
+    if d < 100:
+        assert torch.autograd.gradgradcheck(lambda each: fastfood.OP.apply(torch.tensor(w), {"coef": each}, cfg).square().sum(), (z,))
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_corda_takes_what_the_context_uses_least_or_most(folders: dict[str, Path], kind: str) -> None:
     base = Base.open(folders[kind])

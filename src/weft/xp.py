@@ -1,7 +1,7 @@
 """The arithmetic that ops are written in: the same lines run on numpy arrays and on torch tensors.
 
 Only what differs between the two engines is here; indexing, `+`, `*`, `.reshape` are the arrays' own. Nothing writes
-in place. numpy is imported at first use, torch only when a torch tensor is met.
+into what it is given. numpy is imported at first use, torch only when a torch tensor is met.
 
 Two precisions:
 
@@ -54,7 +54,7 @@ def _lib(x: Array) -> Any:
     return numpy
 
 
-def _plain(x: Array) -> bool:
+def plain(x: Array) -> bool:
     if not is_torch(x):
         return False
     import torch
@@ -143,7 +143,7 @@ def _to_bf16(x: Array) -> Array:
 
 def wide(x: Array) -> Array:
     """x as the type in which results of `mm` and `sumsq` come: float64 when exact, x's own when plain."""
-    return x if _plain(x) else cast(x, "float64")
+    return x if plain(x) else cast(x, "float64")
 
 
 def narrow(x: Array, like: Array) -> Array:
@@ -169,7 +169,7 @@ def where(mask: Array, x: Array, y: Array) -> Array:
 
 def change(new: Array, old: Array) -> Array:
     """new - old, wide. Exact: 0 where they are equal, infinities too, of which the difference would be NaN."""
-    if _plain(new):
+    if plain(new):
         return new - old
     import numpy as np
 
@@ -244,7 +244,7 @@ def _split(x: Array, axis: int, b: int) -> tuple[Array, Array]:
 
 def mm(a: Array, b: Array) -> Array:
     """The matrix product a @ b (2-d). Exact: float64 without rounding in any partial sum; plain: torch's own."""
-    if _plain(a):
+    if plain(a):
         return a @ b
     bits = _bits(a.shape[1])
     a_hi, a_lo = _split(cast(a, "float64"), 1, bits)
@@ -271,7 +271,7 @@ def _right(b: Array, bits: int) -> tuple[Array, Array]:
 
 def sumsq(x: Array, axis: int) -> Array:
     """Sum of squares along `axis`, kept as size 1. Exact: float64, any order of summation gives the same bits."""
-    if _plain(x):
+    if plain(x):
         return (x * x).sum(axis, keepdim=True)
     x = cast(x, "float64")
     hi, lo = _split(x, axis, _bits(x.shape[axis]))
@@ -322,10 +322,21 @@ def _words(like: Array, key_: int, start: int, count: int) -> Array:
         import numpy as np
 
         z = np.arange(start, start + count, dtype=np.int64)
-    z = (z + 1) * _signed(_GOLDEN) + _signed(key_)
-    z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * _signed(_M1)
-    z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * _signed(_M2)
-    return z ^ ((z >> 31) & ((1 << 33) - 1))
+    z += 1  # in place, which is twice as fast, on what nobody else has
+    z *= _signed(_GOLDEN)
+    z += _signed(key_)
+    for shift, factor in ((30, _M1), (27, _M2)):
+        z ^= _shifted(z, shift)
+        z *= _signed(factor)
+    z ^= _shifted(z, 31)
+    return z
+
+
+def _shifted(z: Array, by: int) -> Array:
+    """Bits moved down, zeros moving in from above."""
+    high = z >> by
+    high &= (1 << (64 - by)) - 1
+    return high
 
 
 _QUANTILES: list[Array] = []

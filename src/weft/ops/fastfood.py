@@ -11,7 +11,9 @@ numbers of each run, and one permutation serves all runs. Where targets share `c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
 from math import prod, sqrt
 from typing import Any
 
@@ -20,6 +22,11 @@ from .op import Array, Config, Generator, Info, Op, Shape, Tensors, expect
 
 _LEAST = 64
 """The shortest transform: shorter ones have too few signs to be random."""
+
+_PIECE = 1 << 15
+"""Entries that are worked on at a time, so that they stay in cache."""
+
+Transform = Callable[[Array], Array]
 
 
 class Fastfood(Op):
@@ -58,17 +65,57 @@ class Fastfood(Op):
 
 def _projected(coef: Array, first: int, count: int, seed: int, stream: int) -> Array:
     """Entries first..first+count of F(coef), wide."""
-    length = _LEAST
-    while length < coef.shape[0]:
-        length *= 2
-    start = first // length  # the first run
-    runs = -(-(first + count) // length) - start
-    one, two = xp.key(seed, 2 * stream), xp.key(seed, 2 * stream + 1)
-    z = xp.wide(xp.concat([coef, xp.zeros((length - coef.shape[0],), coef)], 0))
-    signs = xp.wide(xp.signs(coef, one, start * length, runs * length)).reshape(runs, length)
-    inner = xp.take(_hadamard(signs * z), xp.scrambled(coef, one, length), 1)
-    normal = xp.wide(xp.normals(coef, two, start * length, runs * length)).reshape(runs, length)
-    return (_hadamard(normal * inner) / sqrt(length)).reshape(-1)[first - start * length :][:count]
+    runs = _Runs(coef.shape[0], first, count, seed, stream)
+    return _projection().apply(coef, runs) if xp.plain(coef) else runs.of(coef, _hadamard)
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """The runs that have entries first..first+count, some at a time: what is random of them is made again whenever it is needed."""
+
+    size: int
+    first: int
+    count: int
+    seed: int
+    stream: int
+
+    @property
+    def length(self) -> int:
+        return max(_LEAST, 1 << (self.size - 1).bit_length())
+
+    def of(self, coef: Array, transform: Transform) -> Array:
+        """F(coef)."""
+        length = self.length
+        z = xp.wide(xp.concat([coef, xp.zeros((length - self.size,), coef)], 0))
+        places = xp.scrambled(coef, self._keys[0], length)
+        out = [transform(normal * xp.take(transform(signs * z), places, 1)) / sqrt(length) for _, signs, normal in self._pieces(coef)]
+        skipped = self.first % length
+        return xp.concat(out, 0).reshape(-1)[skipped : skipped + self.count]
+
+    def back(self, grad: Array, transform: Transform) -> Array:
+        """The transpose of F on a gradient."""
+        length, skipped = self.length, self.first % self.length
+        behind = -(skipped + self.count) % length
+        grad = xp.concat([xp.zeros((skipped,), grad), grad, xp.zeros((behind,), grad)], 0).reshape(-1, length)
+        back = xp.scrambled(grad, self._keys[0], length).argsort()
+        total = xp.zeros((length,), grad)
+        for rows, signs, normal in self._pieces(grad):
+            total = total + (signs * transform(xp.take(normal * transform(grad[rows]), back, 1))).sum(0)
+        return total[: self.size] / sqrt(length)
+
+    @property
+    def _keys(self) -> tuple[int, int]:
+        return xp.key(self.seed, 2 * self.stream), xp.key(self.seed, 2 * self.stream + 1)
+
+    def _pieces(self, like: Array) -> Iterator[tuple[slice, Array, Array]]:
+        """Which runs, their signs and their normal numbers."""
+        length, start = self.length, self.first // self.length
+        stop, step = -(-(self.first + self.count) // length), max(1, _PIECE // length)
+        for run in range(start, stop, step):
+            many = min(step, stop - run)
+            made = (make(like, key, run * length, many * length) for make, key in zip((xp.signs, xp.normals), self._keys, strict=True))
+            signs, normal = (xp.wide(values).reshape(many, length) for values in made)
+            yield slice(run - start, run - start + many), signs, normal
 
 
 def _hadamard(x: Array) -> Array:
@@ -81,6 +128,43 @@ def _hadamard(x: Array) -> Array:
         x = xp.concat([low + high, low - high], 2).reshape(runs, length)
         half *= 2
     return x
+
+
+def _by_products(x: Any) -> Any:
+    """The same as products with matrices, which torch does faster than many short sums: H of 256 a is that of 256 within, then that of a across."""
+    width = min(x.shape[-1], 256)
+    matrix = _matrix(width).to(x)
+    if width == x.shape[-1]:
+        return x @ matrix
+    across = (x.reshape(x.shape[0], -1, width) @ matrix).transpose(1, 2)
+    return _by_products(across.reshape(-1, across.shape[-1])).reshape(across.shape).transpose(1, 2).reshape(x.shape)
+
+
+@cache
+def _matrix(size: int) -> Any:
+    import torch
+
+    return _hadamard(torch.eye(size))
+
+
+@cache
+def _projection() -> Any:
+    import torch
+
+    class Projection(torch.autograd.Function):
+        """F(coef), of which nothing is kept for the gradient."""
+
+        @staticmethod
+        def forward(ctx: Any, coef: torch.Tensor, runs: _Runs) -> torch.Tensor:
+            ctx.runs = runs
+            out: torch.Tensor = runs.of(coef, _by_products)
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return ctx.runs.back(grads[0], _by_products), None
+
+    return Projection
 
 
 OP = Fastfood()
