@@ -1,6 +1,6 @@
 """Every space on two text classifications with a real encoder: accuracy, what is trained, bytes, seconds, memory.
 
-    python bench/minilm.py run --rows TREC trec.train.jsonl trec.test.jsonl --rows SUBJ subj.train.jsonl subj.test.jsonl --log minilm.jsonl [--steps 100]
+    python bench/minilm.py run --rows TREC trec.train.jsonl trec.test.jsonl --rows SUBJ subj.train.jsonl subj.test.jsonl --log minilm.jsonl [--steps 100 50]
     python bench/minilm.py page minilm.jsonl --out bench/results/minilm
 
 `run` tunes all-MiniLM-L6-v2 with every space in turn, each in a process of its own, and adds a line of JSON to the log for each; what is in the log already
@@ -91,13 +91,14 @@ def _status(field: str) -> float:
 
 
 def run(args: argparse.Namespace) -> None:
-    for data, train, test in args.rows:
+    for number, (data, train, test) in enumerate(args.rows):
+        steps = args.steps[min(number, len(args.steps) - 1)]
         for name in args.spaces or contenders():
             found = [line for line in read(args.log) if line["space"] == name]
             own, first = [line for line in found if line["data"] == data], [line for line in found if line["data"] == args.rows[0][0]]
             factor = best(first)["factor"] if first and data != args.rows[0][0] else 1
             while factor not in [line["factor"] for line in own]:
-                line = started(name, data, train, test, args, factor)
+                line = started(name, data, train, test, steps, args.seed, factor)
                 if line is None:
                     break
                 own.append(line)
@@ -107,14 +108,14 @@ def run(args: argparse.Namespace) -> None:
                     factor *= MORE
 
 
-def started(name: str, data: str, train: str, test: str, args: argparse.Namespace, factor: float) -> dict[str, Any] | None:
+def started(name: str, data: str, train: str, test: str, steps: int, seed: int, factor: float) -> dict[str, Any] | None:
     """A line of the log, from a process of its own."""
-    command = [sys.executable, __file__, "one", name, train, test, f"--steps={args.steps}", f"--seed={args.seed}", f"--factor={factor}"]
+    command = [sys.executable, __file__, "one", name, train, test, f"--steps={steps}", f"--seed={seed}", f"--factor={factor}"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         print(f"{data}, {name}: {(done.stderr.strip().splitlines() or [f'exit code {done.returncode}'])[-1]}", file=sys.stderr)
         return None
-    line = {"data": data, "space": name, "steps": args.steps, "seed": args.seed, "factor": factor, **json.loads(done.stdout.splitlines()[-1])}
+    line = {"data": data, "space": name, "steps": steps, "seed": seed, "factor": factor, **json.loads(done.stdout.splitlines()[-1])}
     print(json.dumps(line), flush=True)
     return line
 
@@ -181,8 +182,9 @@ def main() -> None:
     parse.add_argument("train")
     parse.add_argument("test")
     for name in ("run", "one"):
-        parts.choices[name].add_argument("--steps", type=int, default=100)
         parts.choices[name].add_argument("--seed", type=int, default=0)
+    parts.choices["run"].add_argument("--steps", type=int, nargs="+", default=[100], help="for each data set, or for all")
+    parts.choices["one"].add_argument("--steps", type=int, default=100)
     parts.choices["one"].add_argument("--factor", type=float, default=1.0, help="of the space's learning rate")
     parse = parts.add_parser("page")
     parse.add_argument("log", type=Path)
