@@ -28,7 +28,7 @@ from weft.tuning._positions import Budget, carry, counts, drawn, gradients, larg
 from weft.tuning.space import Job
 from weft.tuning.space.dsee import outstanding
 from weft.tuning.space.mobiletl import packed, signed, unpacked
-from weft.tuning.space.pst import Importance
+from weft.tuning.space.pst import PST, Importance, PSTConfig
 
 SPACES: dict[str, dict[str, Any]] = {
     "ssf": {},
@@ -687,6 +687,15 @@ def test_pst_prunes_to_the_share_and_trains_small_tensors_only(folders: dict[str
         moved_ += int(((new == 0).reshape(-1) != by_size).sum())
         assert entry.ops[-1].op == "assign" and not delta.get(f"{name}//1.values").any()
     assert moved_ > 100
+
+
+@pytest.mark.parametrize("density", [0.01, 0.37, 0.9999])
+def test_pst_prunes_what_sorting_would_and_the_last_of_equals(folders: dict[str, Path], density: float) -> None:
+    base = Base.open(folders["llama"])
+    space = PST(PSTConfig(density=density), job_of(base, None))
+    for importance in (torch.randint(0, 4, (30, 40)).float(), torch.zeros(7, 9), torch.rand(20, 30)):
+        kept = importance.reshape(-1).argsort(descending=True, stable=True)[: round(density * importance.numel())]
+        assert sorted({*range(importance.numel())} - {*kept.tolist()}) == space._pruned(importance).tolist()
 
 
 def test_psts_importance_learns_by_its_true_gradient() -> None:

@@ -167,8 +167,12 @@ class PST(Fixed):
 
     def _pruned(self, importance: torch.Tensor) -> torch.Tensor:
         """Where the importance is smallest: the positions that become zero."""
-        size = importance.numel()
-        kept = importance.reshape(-1).argsort(descending=True, stable=True)[: max(1, round(self.cfg.density * size))]
-        gone = torch.ones(size, dtype=torch.bool, device=importance.device)
-        gone[kept] = False
+        flat = importance.reshape(-1)
+        many = flat.numel() - max(1, round(self.cfg.density * flat.numel()))
+        if not many:
+            return flat.new_zeros(0, dtype=torch.int64)
+        limit = flat.kthvalue(many).values
+        gone = flat < limit
+        equal = (flat == limit).nonzero()[:, 0]  # of which the first stay
+        gone[equal[len(equal) - (many - int(gone.sum())) :]] = True
         return gone.nonzero()[:, 0]
