@@ -96,19 +96,25 @@ def run(args: argparse.Namespace) -> None:
         for name in args.spaces or contenders():
             found = [line for line in read(args.log) if line["space"] == name]
             own, first = [line for line in found if line["data"] == data], [line for line in found if line["data"] == args.rows[0][0]]
-            factor = best(first)["factor"] if first and data != args.rows[0][0] else 1
-            while factor not in [line["factor"] for line in own]:
-                line = started(name, data, train, test, steps, args.seed, factor)
-                if line is None:
+            factor = best(first)["factor"] if first and number else 1
+            while line := next((line for line in own if line["factor"] == factor), None) or added(own, args, name, data, train, test, steps, factor):
+                tried = [line for line in own if line["factor"] <= factor]
+                if number or line["held_out"] >= GOOD or factor >= MOST or best(tried) is not line:
                     break
-                own.append(line)
-                with args.log.open("a") as out:
-                    out.write(json.dumps(line) + "\n")
-                if data == args.rows[0][0] and line["held_out"] < GOOD and factor < MOST and best(own) is line:
-                    factor *= MORE
+                factor *= MORE
 
 
-def started(name: str, data: str, train: str, test: str, steps: int, seed: int, factor: float) -> dict[str, Any] | None:
+def added(own: list[dict[str, Any]], args: argparse.Namespace, *what: Any) -> dict[str, Any] | None:
+    """A line that was not there, also in the log."""
+    line = started(*what, args.seed)
+    if line is not None:
+        own.append(line)
+        with args.log.open("a") as out:
+            out.write(json.dumps(line) + "\n")
+    return line
+
+
+def started(name: str, data: str, train: str, test: str, steps: int, factor: float, seed: int) -> dict[str, Any] | None:
     """A line of the log, from a process of its own."""
     command = [sys.executable, __file__, "one", name, train, test, f"--steps={steps}", f"--seed={seed}", f"--factor={factor}"]
     done = subprocess.run(command, capture_output=True, text=True)
