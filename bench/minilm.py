@@ -42,6 +42,10 @@ HELD_OUT, TESTED, GOOD, MORE, MOST = 500, 1000, 0.9, 5, 25
 """Rows to choose the learning rate with, rows to test with at most, what is good enough, how much more is tried, and the most."""
 
 
+TICKS = (0.2, 0.5, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97)
+LINE = {"arrowstyle": "-", "color": "#999999", "linewidth": 0.5}
+
+
 def one(method: str, options: dict[str, Any], train: str, test: str, steps: int, seed: int, factor: float) -> dict[str, Any]:
     """Tune and test once, in this process."""
     import torch
@@ -156,17 +160,28 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
     """Accuracy against the bytes of the delta."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import NullLocator
     except ImportError:
         raise SystemExit("a picture needs matplotlib: pip install 'weft[plots]'") from None
     sets = list(dict.fromkeys(line["data"] for line in lines))
-    figure = Figure(figsize=(6.5 * len(sets), 6), layout="constrained")
+    figure = Figure(figsize=(7 * len(sets), 7), layout="constrained")
     for axes, data in zip(figure.subplots(1, len(sets), squeeze=False)[0], sets, strict=True):
-        for line in {line["space"]: line for line in sorted(lines, key=lambda line: line["held_out"]) if line["data"] == data}.values():
-            axes.plot(line["bytes"], line["accuracy"], "o", color="#1f6feb", markersize=4)
-            axes.annotate(line["space"], (line["bytes"], line["accuracy"]), fontsize=6, xytext=(3, 3), textcoords="offset points")
-        axes.set(xscale="log", title=data, xlabel="bytes of the delta", ylabel="accuracy")
+        axes.set(xscale="log", yscale="logit", title=data, xlabel="bytes of the delta", ylabel="accuracy")
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+        axes.margins(x=0.12)
+        chosen = {line["space"]: line for line in sorted(lines, key=lambda line: line["held_out"]) if line["data"] == data}  # the best last
+        axes.plot([line["bytes"] for line in chosen.values()], [line["accuracy"] for line in chosen.values()], "o", color="#1f6feb", markersize=4)
+        axes.set_yticks(TICKS, [str(tick) for tick in TICKS], minor=False)
+        axes.yaxis.set_minor_locator(NullLocator())
+        figure.draw_without_rendering()  # so that it is known where points lie
+        taken: list[tuple[float, float, float]] = []
+        for name, line in sorted(chosen.items(), key=lambda item: -item[1]["accuracy"]):
+            x, y = axes.transData.transform((line["bytes"], line["accuracy"]))
+            while any(abs(y - other) < 9 and x < right and left < x + 6 * len(name) for left, right, other in taken):
+                y -= 1  # labels of points that lie close stand below one another
+            taken.append((x, x + 6 * len(name), y))
+            axes.annotate(name, (line["bytes"], line["accuracy"]), (x + 5, y - 3), textcoords="figure pixels", fontsize=7, arrowprops=LINE)
+    figure.savefig(path, dpi=100)
 
 
 def page(args: argparse.Namespace) -> None:
