@@ -38,7 +38,7 @@ def contenders() -> dict[str, tuple[str, dict[str, Any]]]:
     return {name: (name, {}) for name in methods.names("space")} | VARIANTS
 
 
-HELD_OUT, TESTED, GOOD, MORE, MOST = 500, 1000, 0.9, 5, 25
+HELD_OUT, TESTED, GOOD, MORE, MOST = 500, 500, 0.9, 5, 25
 """Rows to choose the learning rate with, rows to test with at most, what is good enough, how much more is tried, and the most."""
 
 
