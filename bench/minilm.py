@@ -23,6 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tuned import status
+
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora, DoRA": ("lora", {"dora": True}),
     "lora, PiSSA": ("lora", {"init": "pissa"}),
@@ -64,7 +66,7 @@ def one(method: str, options: dict[str, Any], train: str, test: str, steps: int,
     held, rows = rows[:HELD_OUT], rows[HELD_OUT:]
     lr = methods.get("space", method).run.lr * factor  # type: ignore[attr-defined]
     heard: list[dict[str, Any]] = []
-    before = _status("VmRSS:")
+    before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the largest resident set from here on
     began = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
@@ -81,17 +83,11 @@ def one(method: str, options: dict[str, Any], train: str, test: str, steps: int,
             **{f"space.{name}": value for name, value in options.items()},
             **{"optimizer.lr": lr, "loop.steps": steps, "loop.batch_size": 32},
         )
-        seconds, peak = time.process_time() - began, _status("VmHWM:") - before
+        seconds, peak = time.process_time() - began, status("VmHWM") - before
         size = out.stat().st_size
     held_out, accuracy = (evaluate(base, delta, each)["metrics"]["accuracy"] for each in (held, read_rows(test)[:TESTED]))
     parameters = next(event["parameters"] for event in heard if event["event"] == "start")
     return {"lr": lr, "held_out": held_out, "accuracy": accuracy, "parameters": parameters, "bytes": size, "seconds": seconds, "memory": peak}
-
-
-def _status(field: str) -> float:
-    """MiB, from the kernel."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) / 1024
 
 
 def run(args: argparse.Namespace) -> None:

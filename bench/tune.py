@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from tuned import random_llama, status
 
 RANK, ALPHA = 8, 16.0
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "query", "key", "value", "dense")
@@ -38,24 +39,15 @@ SHAPE = {"llama": (4, 256), "minilm": (32, 32)}
 
 
 def build(args: argparse.Namespace, dtype: str) -> nn.Module:
-    from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+    if args.model == "llama":
+        return random_llama(args.small, attn_implementation=args.attention).to(getattr(torch, dtype))  # type: ignore[no-any-return]
+    from transformers import AutoModelForSequenceClassification
+
+    from weft.demo import minilm
 
     torch.manual_seed(0)
-    if args.model == "minilm":
-        from weft.demo import minilm
-
-        found = AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=6, attn_implementation=args.attention, local_files_only=True)
-        return found.to(getattr(torch, dtype))  # type: ignore[no-any-return]
-    width, layers = (128, 2) if args.small else (768, 12)
-    config = LlamaConfig(
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        intermediate_size=width * 8 // 3,
-        vocab_size=8000,
-        attn_implementation=args.attention,
-    )
-    return LlamaForCausalLM(config).to(getattr(torch, dtype))
+    found = AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=6, attn_implementation=args.attention, local_files_only=True)
+    return found.to(getattr(torch, dtype))  # type: ignore[no-any-return]
 
 
 def with_weft(model: nn.Module) -> tuple[list[nn.Parameter], float]:
@@ -159,16 +151,12 @@ def peak(name: str, args: argparse.Namespace, dtype: str) -> None:
     import weft.attaching  # noqa: F401
 
     model_size = sum(p.nbytes for p in build(args, dtype).parameters()) / 2**20
-    resident = _status("VmRSS:")
+    resident = status("VmRSS")
     runner = Runner(name, args, dtype)
     Path("/proc/self/clear_refs").write_text("5")  # the largest resident set from here on
     for _ in range(3):
         runner.step()
-    print(_status("VmHWM:") - resident - model_size)
-
-
-def _status(key: str) -> float:
-    return next(int(line.split()[1]) / 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    print(status("VmHWM") - resident - model_size)
 
 
 def compare(args: argparse.Namespace, dtype: str) -> list[dict[str, Any]]:

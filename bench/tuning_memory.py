@@ -17,6 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from tuned import random_llama, status
+
 SPACES: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),
     "hft": ("hft", {}),
@@ -32,24 +34,12 @@ ROWS, TOKENS = 4, 256
 
 def build(folder: Path, small: bool) -> None:
     """A checkpoint with the microcosm's tokenizer."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer
 
     from weft.demo import edition
 
-    tokenizer = AutoTokenizer.from_pretrained(edition("first"))
-    width, layers = (128, 2) if small else (768, 12)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        intermediate_size=width * 8 // 3,
-        vocab_size=8000,
-        tie_word_embeddings=False,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    random_llama(small).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(edition("first")).save_pretrained(folder)
 
 
 def one(name: str, folder: Path, steps: int, threads: int) -> dict[str, Any]:
@@ -69,14 +59,14 @@ def one(name: str, folder: Path, steps: int, threads: int) -> dict[str, Any]:
 
     def hear(event: dict[str, Any]) -> None:
         if event["event"] == "start":
-            seen.update(parameters=event["parameters"], before=_status("VmHWM:"), began=time.process_time())
+            seen.update(parameters=event["parameters"], before=status("VmHWM"), began=time.process_time())
             _forget()
 
-    resident = _status("VmRSS:")
+    resident = status("VmRSS")
     _forget()
     options = {f"space.{key}": value for key, value in options.items()} | {"loop.steps": steps, "loop.batch_size": ROWS, "objective.max_length": TOKENS}
     delta = weft.tune(base, [{"text": text}] * (ROWS * steps), method=method, threads=threads, progress=hear, **options)
-    seconds, training = time.process_time() - seen["began"], _status("VmHWM:")
+    seconds, training = time.process_time() - seen["began"], status("VmHWM")
     whole = max(training, seen["before"]) - resident - weights
     return {
         "space": name,
@@ -91,11 +81,6 @@ def one(name: str, folder: Path, steps: int, threads: int) -> dict[str, Any]:
 def _forget() -> None:
     """The largest resident set counts from here on."""
     Path("/proc/self/clear_refs").write_text("5")
-
-
-def _status(field: str) -> float:
-    """MiB, from the kernel."""
-    return next(int(line.split()[1]) / 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ from . import _fused
 from ._write import atomic_file, atomic_folder, require_space
 from .base import INDEX, PICKLES, WEIGHTS, merge_patch
 from .delta import Delta, Entry
+from .engine.routed import differs
 from .engine.stream import BLOCK, Fields, in_threads, one_blas_thread, reuse_memory, row_blocks
 from .errors import FormatError, InputError, MismatchError, UsageError
 from .file import _order, container_header
@@ -220,11 +221,10 @@ def _check(base: Base, deltas: Sequence[Delta]) -> tuple[str, ...]:
         if delta.unfoldable:
             kinds = [f"{target} ({', '.join(op.op for op in delta.entries[target].ops)})" for target in delta.unfoldable]
             shown = ", ".join(kinds[:8]) + (f" and {len(kinds) - 8} more" if len(kinds) > 8 else "")
-            routed = any(op.op == "by_task" for target in delta.unfoldable for op in delta.entries[target].ops)
             raise MismatchError(
                 f"{delta.path or 'this delta'} ({ids[-1][:12]}) cannot be folded, because no checkpoint tensor holds what it does at run time: {shown}",
                 hint="choose one of its tasks: --task NAME (weft.of_task)"
-                if routed
+                if differs(delta)
                 else "attach it to the model instead, or fold the part that changes tensors: delta.only([...])",
             )
     return tuple(ids)

@@ -55,6 +55,7 @@ def _lib(x: Array) -> Any:
 
 
 def plain(x: Array) -> bool:
+    """Whether x is computed with in the plain precision."""
     if not is_torch(x):
         return False
     import torch

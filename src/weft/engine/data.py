@@ -90,6 +90,13 @@ def _read_file(path: Path) -> list[Row]:
     return [value for _, value in listed]
 
 
+def shuffled(count: int, seed: int) -> list[int]:
+    """0..count-1 in an order that the seed alone decides: for keeping some rows out of a training."""
+    from .. import xp
+
+    return sorted(range(count), key=lambda k: (xp.key(seed, k), k))
+
+
 def data_hash(rows: Iterable[Row]) -> str:
     """sha256 (hex) of the rows: the canonical JSON of each and a newline, in order."""
     digest = hashlib.sha256()

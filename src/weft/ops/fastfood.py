@@ -130,21 +130,29 @@ def _hadamard(x: Array) -> Array:
     return x
 
 
-def _by_products(x: Any) -> Any:
-    """The same as products with matrices, which torch does faster than many short sums: H of 256 a is that of 256 within, then that of a across."""
-    width = min(x.shape[-1], 256)
-    matrix = _matrix(width).to(x)
-    if width == x.shape[-1]:
-        return x @ matrix
-    across = (x.reshape(x.shape[0], -1, width) @ matrix).transpose(1, 2)
-    return _by_products(across.reshape(-1, across.shape[-1])).reshape(across.shape).transpose(1, 2).reshape(x.shape)
+def _by_products(length: int, like: Any) -> Transform:
+    """The same for rows of `length` as products with matrices, which torch does faster than many short sums.
+
+    H of 256 a is that of 256 within, then that of a across.
+    """
+    width = min(length, 256)
+    matrix = xp.to_torch(_matrix(width)).to(like)  # once for all pieces: on a device it is a copy
+    if width == length:
+        return lambda x: x @ matrix
+    rest = _by_products(length // width, like)
+
+    def transform(x: Any) -> Any:
+        across = (x.reshape(x.shape[0], -1, width) @ matrix).transpose(1, 2)
+        return rest(across.reshape(-1, across.shape[-1])).reshape(across.shape).transpose(1, 2).reshape(x.shape)
+
+    return transform
 
 
 @cache
 def _matrix(size: int) -> Any:
-    import torch
+    import numpy as np
 
-    return _hadamard(torch.eye(size))
+    return _hadamard(np.eye(size, dtype=np.float32))
 
 
 @cache
@@ -157,12 +165,12 @@ def _projection() -> Any:
         @staticmethod
         def forward(ctx: Any, coef: torch.Tensor, runs: _Runs) -> torch.Tensor:
             ctx.runs = runs
-            out: torch.Tensor = runs.of(coef, _by_products)
+            out: torch.Tensor = runs.of(coef, _by_products(runs.length, coef))
             return out
 
         @staticmethod
         def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-            return ctx.runs.back(grads[0], _by_products), None
+            return ctx.runs.back(grads[0], _by_products(ctx.runs.length, grads[0])), None
 
     return Projection
 

@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
-from .. import xp
 from ..config import as_dict
-from ..engine.data import Row, data_hash, read_rows
+from ..engine.data import Row, data_hash, read_rows, shuffled
 from ..engine.rows import kind_of
 from ..errors import UsageError, near
 from . import _plot
@@ -59,7 +58,7 @@ class Tuning:
     def __post_init__(self) -> None:
         given = self.task.valid
         if given is None:
-            order = sorted(range(len(self.rows)), key=lambda k: (xp.key(self.task.seed, k), k))
+            order = shuffled(len(self.rows), self.task.seed)
             kept = max(1, round(self.cfg.holdout * len(order)))
             if kept == len(order):
                 raise UsageError(f"{len(order)} row of data cannot be split into rows to tune on and rows to measure on", hint="--valid FILE")

@@ -22,6 +22,7 @@ import msgspec
 import torch
 
 from ... import xp
+from ...engine.data import shuffled
 from ...engine.loop import Batch, Part, Run
 from ...errors import UsageError
 from ...methods import method
@@ -65,7 +66,7 @@ class SelfTuningNetworks(Guard):
         goal = job.goal
         if goal is None or len(goal.examples) < 2:
             raise UsageError("self-tuning networks keep rows out of the training, and need two at least")
-        order = sorted(range(len(goal.examples)), key=lambda k: (xp.key(job.gen.seed, k), k))
+        order = shuffled(len(goal.examples), job.gen.seed)
         count = min(max(1, round(cfg.holdout * len(order))), len(order) - 1)
         self.held = [goal.examples[k] for k in sorted(order[:count])]
         goal.examples = [goal.examples[k] for k in sorted(order[count:])]
