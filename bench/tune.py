@@ -5,12 +5,14 @@
 LoRA of rank 8 on all linear layers of each block, with AdamW: on a random Llama of 97M parameters (12 layers of width 768) with batches of 4 x 256 tokens,
 or on all-MiniLM-L6-v2 (--model minilm, 6 layers of width 384) as a classifier with batches of 32 x 32. Each contender has a model of its own, and their
 steps take turns in one process, so that whatever else the machine does hurts both; figures are medians. `bare` is the model's own forward and the full
-tuning step. `floor`: the same matrix products by themselves, those of a forward and of the gradient by the activations (4 N T operations), measured in
-the same turns.
+tuning step. weft's steps run as those of `weft.tune` do: where the processor has no 16-bit products, they are made of float32 ones (`widened`), in its
+forward without gradients they are not. `floor`: the same matrix products by themselves (also made of float32 ones where that is so), those of a forward
+and of the gradient by the activations (4 N T operations), measured in the same turns.
 
 `attach_ms`: weft loads, checks and attaches a delta from a file; PEFT injects fresh adapters.
 
-Peak memory comes from a process for each contender: the largest resident set in three steps, less that before the delta was attached.
+Peak memory comes from a process for each contender: the largest resident set in three steps, less that before the first one: the model, with
+what is attached, is not in it.
 --medium: float32 products as torch.set_float32_matmul_precision("medium") does them, with the error of one product printed.
 """
 
@@ -24,13 +26,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tuned import random_llama, status
+from tuned import random_llama, status, trim
+
+from weft.engine.products import widened
 
 RANK, ALPHA = 8, 16.0
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "query", "key", "value", "dense")
@@ -102,11 +107,13 @@ class Runner:
         self.ids = torch.randint(1, 8000, SHAPE[args.model], generator=gen)
         self.labels = self.ids if args.model == "llama" else torch.randint(6, self.ids.shape[:1], generator=gen)
         self.model.train()
+        self.inside = widened(self.model) if name == "weft" else nullcontext()
 
     def step(self) -> float:
         begin = time.process_time()
-        loss = self.model(input_ids=self.ids, labels=self.labels).loss
-        loss.backward()
+        with self.inside:
+            loss = self.model(input_ids=self.ids, labels=self.labels).loss
+            loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.loss = float(loss.detach())
@@ -124,13 +131,15 @@ class Floor:
 
     def __init__(self, model: nn.Module, tokens: int) -> None:
         self.weights = [m.weight.detach() for m in model.modules() if isinstance(m, nn.Linear)]
+        self.inside = widened(model)
         self.inputs = {n: torch.randn(tokens, n).to(self.weights[0].dtype) for w in self.weights for n in w.shape}
 
     def step(self) -> float:
         begin = time.process_time()
-        for w in self.weights:
-            F.linear(self.inputs[w.shape[1]], w)
-            self.inputs[w.shape[0]] @ w
+        with self.inside:
+            for w in self.weights:
+                F.linear(self.inputs[w.shape[1]], w)
+                self.inputs[w.shape[0]] @ w
         return (time.process_time() - begin) * 1e3
 
 
@@ -150,13 +159,13 @@ def peak(name: str, args: argparse.Namespace, dtype: str) -> None:
 
     import weft.attaching  # noqa: F401
 
-    model_size = sum(p.nbytes for p in build(args, dtype).parameters()) / 2**20
-    resident = status("VmRSS")
     runner = Runner(name, args, dtype)
+    trim()  # the random weights' own copies, the saved checkpoint
+    resident = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the largest resident set from here on
     for _ in range(3):
         runner.step()
-    print(status("VmHWM") - resident - model_size)
+    print(status("VmHWM") - resident)
 
 
 def compare(args: argparse.Namespace, dtype: str) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from ..attaching import Mode, attach, check_ran
 from ..base import Base
 from ..delta import loaded
 from ..engine.data import Example, pad_id, padded, tasks_of
+from ..engine.products import widened
 from ..engine.routed import differs
 from ..engine.rows import has_head
 from ..errors import UsageError
@@ -82,7 +83,8 @@ def running(base: Base | str | Path, deltas: Any, device: Any, dtype: Any, mode:
         model.config.pad_token_id = pad  # decoders that classify find the last token of each text by it
     if chosen:
         attach(model, chosen, base=opened, mode=mode)
-    yield Running(opened, ids, model, tokenizer, where, pad, any(map(differs, chosen)))
+    with widened(model):
+        yield Running(opened, ids, model, tokenizer, where, pad, any(map(differs, chosen)))
 
 
 def _best_device() -> torch.device:

@@ -88,6 +88,7 @@ def edit(
     from ..engine import borrowing
     from ..engine.data import data_hash, field, most_tokens, read_rows
     from ..engine.edits import distinct, read_edits
+    from ..engine.products import widened
     from ..engine.surroundings import default_device, surroundings
     from ..names import NameMap
     from . import _run
@@ -114,7 +115,7 @@ def edit(
         _run.require_language_model(model)
         most = most_tokens(tokenizer, base.config, 1 << 20)
         job = Job(base, model, tokenizer, NameMap.of(base, model, before), texts, seed, batch_size, most)
-        with borrowing.borrowed(model):
+        with borrowing.borrowed(model), widened(model):
             model.eval()
             active = attach(model, before, base=base)
             try:

@@ -1,11 +1,17 @@
-"""How exact float32 products are: torch's switch, for the time of a run, and the error that it has on this machine."""
+"""How products of matrices are computed while a model runs: the precision of float32 ones, and 16-bit ones where the processor has none."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from typing import Any
 
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_aten = torch.ops.aten
 
 
 @contextmanager
@@ -34,3 +40,97 @@ def relative_error(device: torch.device, rows: int = 256, inner: int = 768) -> f
     exact = a.double() @ b.double()
     found = (a.to(device) @ b.to(device)).cpu().double()
     return float((found - exact).norm() / exact.norm())
+
+
+# --- 16-bit products
+
+
+def widened(model: nn.Module, autocast: bool = False) -> AbstractContextManager[Any]:
+    """Inside, products of 16-bit matrices on a CPU that has no instructions for them are computed in float32 and rounded once.
+
+    Such a CPU makes them of float32 ones anyway, but slowly (bench/results/half_products.md). Operands are exact in float32 and sums are
+    rounded as they were, so nothing is lost. In memory it costs 12 MiB, and where products come in batches (attention, convolutions) float32
+    copies of one at a time. Gradients are computed so too: the backward pass must run inside.
+
+    Does nothing where `model` has no such parameters (and does not run under `autocast` to bfloat16), where they are on another device,
+    and where the processor has the instructions. No effect outside this thread.
+    """
+    used = {parameter.dtype for parameter in model.parameters() if parameter.device.type == "cpu"}
+    used |= {torch.bfloat16} if autocast and used else set()
+    slow = frozenset(dtype for dtype in used & {torch.bfloat16, torch.float16} if not has_instructions(dtype))
+    return Widened(slow) if slow else nullcontext()
+
+
+@cache
+def has_instructions(dtype: torch.dtype) -> bool:
+    """Whether the CPU multiplies matrices of this 16-bit dtype itself. Only x86 is asked; others are taken to."""
+    found = torch.cpu.get_capabilities()
+    names = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}[dtype]
+    return found.get("architecture") != "x86_64" or any(found.get(name, False) for name in names)
+
+
+_MATRICES = {_aten.mm.default: (0, 1), _aten.addmm.default: (1, 2)}
+_BATCHES = {_aten.bmm.default: (0, 1), _aten.baddbmm.default: (1, 2)}
+"""Operators, and which of their arguments are multiplied: rows x inner and inner x columns."""
+
+_COMPOSED = (_aten.convolution.default, _aten.convolution_backward.default, _aten._scaled_dot_product_flash_attention_for_cpu_backward.default)
+"""Operators with slow products inside. (The forward pass of attention has fast ones.)"""
+
+_FEW = 7
+"""One product is computed as it comes where rows x columns / (rows + columns) is less: copies would cost as much as they save."""
+
+_SIDE = 1024
+"""Matrices are multiplied in squares of this side: three of 4 MiB at a time, however large the matrices are."""
+
+
+class Widened(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The products of `dtypes` in float32. Sees every operator that runs, in backward passes too: some microseconds for each."""
+
+    def __init__(self, dtypes: Iterable[torch.dtype]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.dtypes = frozenset(dtypes)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        multiplied = _MATRICES.get(func) or _BATCHES.get(func)
+        if multiplied:
+            left, right = (args[k] for k in multiplied)
+            rows, columns = left.shape[-2], right.shape[-1]
+            if self._is_slow(left) and rows * columns >= _FEW * (rows + columns):
+                if func in _BATCHES:
+                    return func(*map(_wide, args), **kwargs).to(left.dtype)
+                return self._product(left, right, *args[: multiplied[0]], **kwargs)
+        elif func in _COMPOSED:
+            if self._is_slow(args[0]):
+                out = func(*map(_wide, args), **{name: _wide(value) for name, value in kwargs.items()})
+                dtype = args[0].dtype
+                return out.to(dtype) if isinstance(out, torch.Tensor) else tuple(None if x is None else x.to(dtype) for x in out)
+        elif torch.is_inference_mode_enabled():  # then operators arrive here before they are taken apart
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        return func(*args, **kwargs)
+
+    def _is_slow(self, x: Any) -> bool:
+        return x.dtype in self.dtypes and x.device.type == "cpu" and type(x) in (torch.Tensor, nn.Parameter)
+
+    def _product(self, left: torch.Tensor, right: torch.Tensor, more: torch.Tensor | None = None, beta: float = 1, alpha: float = 1) -> torch.Tensor:
+        """alpha left right + beta more, square by square."""
+        out = left.new_empty(left.shape[0], right.shape[1])
+        more = None if more is None or not beta else more.expand(out.shape)
+        for r in _parts(out.shape[0]):
+            for c in _parts(out.shape[1]):
+                square = left.new_zeros(out[r, c].shape, dtype=torch.float32)
+                for k in _parts(left.shape[1]):
+                    square.addmm_(left[r, k].float(), right[k, c].float(), alpha=alpha)
+                out[r, c] = square if more is None else square.add_(more[r, c], alpha=beta)
+        return out
+
+
+def _parts(size: int) -> list[slice]:
+    return [slice(start, start + _SIDE) for start in range(0, size, _SIDE)]
+
+
+def _wide(x: Any) -> Any:
+    return x.float() if isinstance(x, torch.Tensor) and x.dtype in (torch.bfloat16, torch.float16) else x

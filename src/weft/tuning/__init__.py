@@ -24,6 +24,7 @@ from ..engine.best import Best, direction
 from ..engine.data import data_hash, read_rows
 from ..engine.events import Events, PlainProgress, Progress
 from ..engine.loop import Evaluate, Hooks, LoopConfig, Run, Summary, train
+from ..engine.products import widened
 from ..engine.quantizing import quantize as quantized
 from ..engine.quantizing import require_kind
 from ..engine.surroundings import default_device, processes, surroundings
@@ -157,7 +158,7 @@ def tune(
             computed["processes"] = processes().num_processes
         earlier = {} if resume is None else _found_before(Path(resume), base)
         job = Job(base, model, names, Generator(xp.key(seed, _DELTA)), head, goal, configs["loop"], trial, earlier, begin)
-        with borrowing.borrowed(model):
+        with borrowing.borrowed(model), widened(model, configs["loop"].autocast):
             active = attach(model, before, base=base)
             try:
                 if live:
