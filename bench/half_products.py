@@ -1,9 +1,10 @@
 """Products of 16-bit matrices on a CPU: as torch computes them, and in float32, rounded once (`weft.engine.products.widened`).
 
-    python bench/half_products.py [--rows 1 8 64 1024] [--widths 384 768 2048] [--repeats 9] [--json]
+    python bench/half_products.py [--rows 1 8 16 64 1024] [--widths 384 768] [--repeats 9] [--json]
 
-CPU milliseconds of x W^T for x of rows x width and W of width x width, one thread, medians of turns taken one after the other; and the relative error of
-both (Frobenius, against float64). A second table is of a process in which torch and oneDNN use AVX2 alone, as on a processor that has no more.
+CPU milliseconds of x W^T (a forward pass) and x W (a backward pass) for x of rows x width and W of width x width, one thread, medians of turns taken one
+after the other; and the relative error of both (Frobenius, against float64). A second table is of a process in which torch and oneDNN use AVX2 alone, as
+on a processor that has no more.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 ONLY_AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 
 
-def compare(dtype: str, rows: int, width: int, repeats: int) -> dict[str, Any]:
+def compare(dtype: str, what: str, rows: int, width: int, repeats: int) -> dict[str, Any]:
     gen = torch.Generator().manual_seed(0)
     x, w = (torch.randn(n, width, generator=gen).to(HALVES[dtype]) for n in (rows, width))
-    exact = x.double() @ w.double().T
+    w = w.T if what == "x W^T" else w
+    exact = x.double() @ w.double()
     times: dict[str, list[float]] = {"plain": [], "wide": []}
     errors = {}
 
@@ -40,23 +42,31 @@ def compare(dtype: str, rows: int, width: int, repeats: int) -> dict[str, Any]:
         errors[name] = float((out - exact).norm() / exact.norm())
 
     for _ in range(repeats + 1):
-        timed("plain", lambda: x @ w.T)
+        timed("plain", lambda: x @ w)
         with Widened(HALVES.values()):
-            timed("wide", lambda: x @ w.T)
+            timed("wide", lambda: x @ w)
     plain, wide = (statistics.median(each[1:]) for each in times.values())
-    found = {"dtype": dtype, "rows": rows, "width": width, "plain_ms": round(plain, 3), "wide_ms": round(wide, 3), "ratio": round(plain / wide, 1)}
+    found = {
+        "dtype": dtype,
+        "product": what,
+        "rows": rows,
+        "width": width,
+        "plain_ms": round(plain, 3),
+        "wide_ms": round(wide, 3),
+        "ratio": round(plain / wide, 1),
+    }
     return found | {f"{name}_error": f"{error:.2e}" for name, error in errors.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 1024])
-    parser.add_argument("--widths", type=int, nargs="+", default=[384, 768, 2048])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16, 64, 1024])
+    parser.add_argument("--widths", type=int, nargs="+", default=[384, 768])
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", action="store_true", help="JSON lines instead of tables")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    lines = [compare(dtype, rows, width, args.repeats) for dtype in HALVES for rows in args.rows for width in args.widths]
+    lines = [compare(dtype, what, rows, width, args.repeats) for dtype in HALVES for what in ("x W^T", "x W") for rows in args.rows for width in args.widths]
     if args.json:
         print("\n".join(map(json.dumps, lines)))
     else:

@@ -76,7 +76,7 @@ _BATCHES = {_aten.bmm.default: (0, 1), _aten.baddbmm.default: (1, 2)}
 _COMPOSED = (_aten.convolution.default, _aten.convolution_backward.default, _aten._scaled_dot_product_flash_attention_for_cpu_backward.default)
 """Operators with slow products inside. (The forward pass of attention has fast ones.)"""
 
-_FEW = 7
+_FEW = 12
 """One product is computed as it comes where rows x columns / (rows + columns) is less: copies would cost as much as they save."""
 
 _SIDE = 1024
