@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import weft
 from tests.tiny import WORDS, llama
 from weft import Base
-from weft.checking import evaluate
+from weft.checking import evaluate, generate
+from weft.editing import edit
 from weft.engine import products
 from weft.engine.products import Widened, has_instructions, widened
 
@@ -124,6 +125,44 @@ def test_the_backward_pass_of_attention(dtype: torch.dtype) -> None:
         assert w.dtype == dtype and float((w.double() - e).norm()) <= 1.001 * float((p.double() - e).norm())
 
 
+REFUSED: dict[str, Callable[[torch.dtype], torch.Tensor]] = {
+    "lengths": lambda dtype: F.linear(drawn(40, 1024).to(dtype), drawn(64, 2048).to(dtype)),
+    "no length": lambda dtype: drawn(40, 0).to(dtype) @ drawn(50, 40).to(dtype),
+    "a vector": lambda dtype: torch.mm(drawn(40, 30).to(dtype), drawn(30).to(dtype)),
+    "batches": lambda dtype: torch.bmm(drawn(2, 40, 30).to(dtype), drawn(3, 30, 40).to(dtype)),
+    "dtypes": lambda dtype: torch.mm(drawn(40, 30).to(dtype), drawn(30, 40)),
+    "whole numbers": lambda dtype: torch.mm(drawn(40, 30).to(dtype), drawn(30, 40).long()),
+    "bias": lambda dtype: torch.addmm(drawn(40), drawn(40, 30).to(dtype), drawn(30, 40).to(dtype)),
+    "kernel": lambda dtype: F.conv1d(drawn(2, 40, 30).to(dtype), drawn(40, 40, 3)),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_torch_refuses_it_still_refuses_in_the_same_words(case: str, inference: bool) -> None:
+    said = []
+    for inside in (nullcontext(), Widened(HALVES)):
+        with torch.inference_mode(inference), inside, pytest.raises(RuntimeError) as error:
+            REFUSED[case](torch.bfloat16)
+        said.append(str(error.value))
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_sparse_and_empty_matrices(dtype: torch.dtype) -> None:
+    sparse, dense = drawn(40, 30).relu().to(dtype).to_sparse(), drawn(30, 40, seed=1).to(dtype)
+    nothing, bias = torch.empty(40, 0, dtype=dtype), torch.full((40,), torch.nan, dtype=dtype)
+
+    def results() -> list[torch.Tensor]:
+        return [torch.mm(sparse, dense), nothing @ nothing.T, torch.addmm(bias, dense.T, dense, beta=0), torch.addmm(bias, dense.T, dense)]
+
+    plain = results()
+    with Widened(HALVES):
+        wide = results()
+    assert [x.dtype for x in wide] == [dtype] * 4 and not wide[1].any() and bool(wide[3].isnan().all())
+    torch.testing.assert_close(wide, plain, equal_nan=True)
+
+
 def test_other_dtypes_and_small_products_are_left_as_they_are() -> None:
     with Seen() as seen, Widened([torch.bfloat16]):
         drawn(40, 96).half() @ drawn(96, 40).half()
@@ -180,6 +219,30 @@ def test_a_tuning_is_the_same_up_to_rounding(attention: str, tmp_path: Path, mon
         assert (("addmm_", torch.float32) in seen.found) is not plain
     assert losses[True][-1] < losses[True][0] - 0.5
     assert losses[False] == pytest.approx(losses[True], rel=0.02)
+
+
+def test_flex_attention_is_left_alone(tmp_path: Path) -> None:
+    model: Any = Base.open(llama(tmp_path / "m")).model(dtype="bfloat16")
+    assert isinstance(widened(model), Widened)
+    model.set_attn_implementation("flex_attention")
+    assert isinstance(widened(model), nullcontext)
+
+
+def test_an_edit_is_made_so_and_a_text(tmp_path: Path) -> None:
+    base = Base.open(llama(tmp_path / "m"))
+    with Seen() as seen:
+        edit(base, [{"prompt": "who was the", "target_new": "city", "subject": "the"}], "ultraedit", dtype="bfloat16", sites="mlp.down")
+    assert ("addmm_", torch.float32) in seen.found
+    with Seen() as seen:
+        generate(base, [], " ".join(WORDS), dtype="bfloat16", max_new_tokens=2)
+    assert ("addmm_", torch.float32) in seen.found
+
+
+def test_autocast_is_widened(tmp_path: Path) -> None:
+    base = Base.open(llama(tmp_path / "m"))
+    with Seen() as seen:
+        weft.tune(base, ROWS, method="lora", objective="causal-lm", steps=1, batch_size=8, autocast=True)
+    assert ("addmm_", torch.float32) in seen.found and not any(dtype == torch.bfloat16 for name, dtype in seen.found if name == "addmm")
 
 
 def test_a_check_is_the_same_up_to_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

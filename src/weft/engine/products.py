@@ -50,11 +50,13 @@ def widened(model: nn.Module, autocast: bool = False) -> AbstractContextManager[
 
     Such a CPU makes them of float32 ones anyway, but slowly (bench/results/half_products.md). Operands are exact in float32 and sums are
     rounded as they were, so nothing is lost. In memory it costs 12 MiB, and where products come in batches (attention, convolutions) float32
-    copies of one at a time. Gradients are computed so too: the backward pass must run inside.
+    copies of such a batch. Gradients are computed so too: the backward pass must run inside.
 
-    Does nothing where `model` has no such parameters (and does not run under `autocast` to bfloat16), where they are on another device,
-    and where the processor has the instructions. No effect outside this thread.
+    Does nothing where `model` has no such parameters (and does not run under `autocast` to bfloat16), where they are on another device, where
+    the processor has the instructions, and for flex attention, which torch compiles under no such mode. No effect outside this thread.
     """
+    if getattr(getattr(model, "config", None), "_attn_implementation", None) == "flex_attention":
+        return nullcontext()
     used = {parameter.dtype for parameter in model.parameters() if parameter.device.type == "cpu"}
     used |= {torch.bfloat16} if autocast and used else set()
     slow = frozenset(dtype for dtype in used & {torch.bfloat16, torch.float16} if not has_instructions(dtype))
@@ -63,8 +65,8 @@ def widened(model: nn.Module, autocast: bool = False) -> AbstractContextManager[
 
 @cache
 def has_instructions(dtype: torch.dtype) -> bool:
-    """Whether the CPU multiplies matrices of this 16-bit dtype itself. Only x86 is asked; others are taken to."""
-    found = torch.cpu.get_capabilities()
+    """Whether the CPU multiplies matrices of this 16-bit dtype itself. Only x86 is asked; others are taken to, as all are where torch cannot tell (2.10)."""
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     names = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}[dtype]
     return found.get("architecture") != "x86_64" or any(found.get(name, False) for name in names)
 
@@ -73,10 +75,20 @@ _MATRICES = {_aten.mm.default: (0, 1), _aten.addmm.default: (1, 2)}
 _BATCHES = {_aten.bmm.default: (0, 1), _aten.baddbmm.default: (1, 2)}
 """Operators, and which of their arguments are multiplied: rows x inner and inner x columns."""
 
-_COMPOSED = (_aten.convolution.default, _aten.convolution_backward.default, _aten._scaled_dot_product_flash_attention_for_cpu_backward.default)
-"""Operators with slow products inside. (The forward pass of attention has fast ones.)"""
+_COMPOSED = {
+    _aten.convolution.default: 3,
+    _aten.convolution_backward.default: 3,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward.default: 5,
+}
+"""Operators with slow products inside, and how many of their arguments are of one dtype. (The forward pass of attention has fast ones.)"""
 
-_FEW = 12
+_TAKEN_APART = (
+    *(_aten.linear.default, _aten.matmul.default, _aten.einsum.default, _aten.scaled_dot_product_attention.default),
+    *(_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default),
+)
+"""Operators that arrive as they are called in inference mode, and otherwise as those above."""
+
+_FEW = {torch.bfloat16: 12, torch.float16: 4}
 """One product is computed as it comes where rows x columns / (rows + columns) is less: copies would cost as much as they save."""
 
 _SIDE = 1024
@@ -84,7 +96,7 @@ _SIDE = 1024
 
 
 class Widened(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The products of `dtypes` in float32. Sees every operator that runs, in backward passes too: some microseconds for each."""
+    """The products of `dtypes` in float32. Sees every operator that runs, in backward passes too: some ten microseconds for each."""
 
     def __init__(self, dtypes: Iterable[torch.dtype]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -95,25 +107,25 @@ class Widened(TorchDispatchMode):  # type: ignore[no-untyped-call]
         multiplied = _MATRICES.get(func) or _BATCHES.get(func)
         if multiplied:
             left, right = (args[k] for k in multiplied)
-            rows, columns = left.shape[-2], right.shape[-1]
-            if self._is_slow(left) and rows * columns >= _FEW * (rows + columns):
+            if self._are_slow(args) and left.dim() == right.dim() and left.shape[-1] == right.shape[-2] and _pays(left, right):
                 if func in _BATCHES:
                     return func(*map(_wide, args), **kwargs).to(left.dtype)
                 return self._product(left, right, *args[: multiplied[0]], **kwargs)
         elif func in _COMPOSED:
-            if self._is_slow(args[0]):
+            if self._are_slow(args[: _COMPOSED[func]]):
                 out = func(*map(_wide, args), **{name: _wide(value) for name, value in kwargs.items()})
                 dtype = args[0].dtype
                 return out.to(dtype) if isinstance(out, torch.Tensor) else tuple(None if x is None else x.to(dtype) for x in out)
-        elif torch.is_inference_mode_enabled():  # then operators arrive here before they are taken apart
+        elif func in _TAKEN_APART and not types and torch.is_inference_mode_enabled():
             with self:
-                out = func.decompose(*args, **kwargs)
-            if out is not NotImplemented:
-                return out
+                return func.decompose(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def _is_slow(self, x: Any) -> bool:
-        return x.dtype in self.dtypes and x.device.type == "cpu" and type(x) in (torch.Tensor, nn.Parameter)
+    def _are_slow(self, args: Any) -> bool:
+        """Whether all tensors are ordinary ones of one such dtype. (What torch would refuse must reach it as it is.)"""
+        found = [x for x in args if isinstance(x, torch.Tensor)]
+        plain = all(type(x) in (torch.Tensor, nn.Parameter) and x.layout == torch.strided and x.device.type == "cpu" for x in found)
+        return plain and found[0].dtype in self.dtypes and all(x.dtype == found[0].dtype for x in found)
 
     def _product(self, left: torch.Tensor, right: torch.Tensor, more: torch.Tensor | None = None, beta: float = 1, alpha: float = 1) -> torch.Tensor:
         """alpha left right + beta more, square by square."""
@@ -130,6 +142,11 @@ class Widened(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _parts(size: int) -> list[slice]:
     return [slice(start, start + _SIDE) for start in range(0, size, _SIDE)]
+
+
+def _pays(left: torch.Tensor, right: torch.Tensor) -> bool:
+    rows, columns = left.shape[-2], right.shape[-1]
+    return rows * columns >= _FEW[left.dtype] * (rows + columns)
 
 
 def _wide(x: Any) -> Any:
