@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tuned import status
+from tuned import forget, status
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora, DoRA": ("lora", {"dora": True}),
@@ -68,7 +68,7 @@ def one(method: str, options: dict[str, Any], train: str, test: str, steps: int,
     lr = methods.get("space", method).run.lr * factor  # type: ignore[attr-defined]
     heard: list[dict[str, Any]] = []
     before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the largest resident set from here on
+    forget()
     began = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "delta.safetensors"

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tuned import random_llama, status
+from tuned import forget, random_llama, status
 
 SPACES: dict[str, tuple[str, dict[str, Any]]] = {
     "full": ("full", {}),
@@ -60,10 +60,10 @@ def one(name: str, folder: Path, steps: int, threads: int) -> dict[str, Any]:
     def hear(event: dict[str, Any]) -> None:
         if event["event"] == "start":
             seen.update(parameters=event["parameters"], before=status("VmHWM"), began=time.process_time())
-            _forget()
+            forget()
 
     resident = status("VmRSS")
-    _forget()
+    forget()
     options = {f"space.{key}": value for key, value in options.items()} | {"loop.steps": steps, "loop.batch_size": ROWS, "objective.max_length": TOKENS}
     delta = weft.tune(base, [{"text": text}] * (ROWS * steps), method=method, threads=threads, progress=hear, **options)
     seconds, training = time.process_time() - seen["began"], status("VmHWM")
@@ -76,11 +76,6 @@ def one(name: str, folder: Path, steps: int, threads: int) -> dict[str, Any]:
         "CPU s a step": round(seconds / steps, 2),
         "delta, MB": round(sum(tensor.nbytes for tensor in delta.tensors.values()) / 1e6, 1),
     }
-
-
-def _forget() -> None:
-    """The largest resident set counts from here on."""
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def main() -> None:

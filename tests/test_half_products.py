@@ -22,7 +22,6 @@ from weft.engine import products
 from weft.engine.products import Widened, has_instructions, widened
 
 HALVES = (torch.bfloat16, torch.float16)
-aten = torch.ops.aten
 
 
 @pytest.fixture(autouse=True)

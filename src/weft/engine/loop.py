@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -32,7 +31,7 @@ from ..stored import hold, read_container, strict_json
 from .checkpointing import checkpointed
 from .data import Example, batches
 from .events import Events
-from .memory import forget_peak, peak_memory
+from .memory import forget_peak, peak_memory, trim
 from .products import products
 from .sharding import shard
 from .surroundings import processes
@@ -302,7 +301,7 @@ def train(
             run.step += 1
             run.place += len(taken)
             if run.step % _TRIM_EVERY == 0:
-                _trim()
+                trim()
             for each in run.stages:
                 each.after_step(run)
             recent.append(run.loss)
@@ -332,18 +331,6 @@ def train(
 def _due(run: Run, every: int) -> bool:
     """Whether to evaluate after this step."""
     return run.step % every == 0 if every else run.place % run.per_epoch == 0 or run.place >= run.total
-
-
-def _trim() -> None:
-    """Give freed memory back to the system (glibc; elsewhere nothing).
-
-    Batches of many lengths leave the heap in pieces: without this a run of 750 steps on MiniLM grew from 1.1 to 4 GB.
-    """
-    import ctypes
-
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 def _parts(run: Run, positions: Sequence[int], epoch: int) -> list[Part]:

@@ -82,10 +82,10 @@ _COMPOSED = {
 }
 """Operators with slow products inside, and how many of their arguments are of one dtype. (The forward pass of attention has fast ones.)"""
 
-_TAKEN_APART = (
+_TAKEN_APART = {
     *(_aten.linear.default, _aten.matmul.default, _aten.einsum.default, _aten.scaled_dot_product_attention.default),
     *(_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default),
-)
+}
 """Operators that arrive as they are called in inference mode, and otherwise as those above."""
 
 _FEW = {torch.bfloat16: 12, torch.float16: 4}
